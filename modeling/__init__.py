@@ -1,0 +1,1 @@
+"""The network and its nouns: sequences, attention pattern, objectives, decoder. Nothing distributed."""

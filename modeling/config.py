@@ -1,0 +1,199 @@
+"""Typed configuration: YAML text over frozen pydantic dataclasses, overridden by dotted key=value.
+
+Precedence: defaults in Python < YAML < overrides. An unknown key or a value out of range is an error that names its
+path. `parse_config` serves every configuration of the project, whatever the room.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from omniform.errors import OmniformError
+from omniform.modeling.objectives.base import Objective
+from omniform.modeling.objectives.registry import OBJECTIVES
+
+ConfigT = TypeVar("ConfigT")
+STRICT = ConfigDict(extra="forbid")
+
+
+class ConfigError(OmniformError):
+    """A configuration that cannot be used; the message names each key's path."""
+
+
+def _build_objective(value: object) -> object:
+    if isinstance(value, Objective):
+        return value
+    if isinstance(value, str):
+        value = {"kind": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected a mapping with `kind`, one of {sorted(OBJECTIVES)}, not {value!r}")
+    kind = value.get("kind")
+    if kind not in OBJECTIVES:
+        raise ValueError(f"objective kind is {kind!r}, expected one of {sorted(OBJECTIVES)}")
+    try:
+        return TypeAdapter(OBJECTIVES[kind]).validate_python(dict(value))
+    except ValidationError as error:
+        raise ValueError("; ".join(_describe(error, OBJECTIVES[kind]))) from error
+
+
+def _dump_objective(objective: Objective) -> dict[str, Any]:
+    return TypeAdapter(type(objective)).dump_python(objective, mode="json")
+
+
+AnyObjective = Annotated[Objective, PlainValidator(_build_objective), PlainSerializer(_dump_objective)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DecoderConfig:
+    """Sizes of the decoder.
+
+    Attributes:
+        head_dim: dimension of a head, even; dim / n_heads unless given.
+        ffn_dim: inner dimension of the gated feed-forward layer.
+        rope_theta: base of the rotary frequencies.
+        qk_norm: normalise queries and keys per head (arXiv:2405.09818 shows it essential for mixed modalities).
+    """
+
+    dim: int = Field(default=192, ge=2)
+    n_layers: int = Field(default=6, ge=1)
+    n_heads: int = Field(default=6, ge=1)
+    n_kv_heads: int = Field(default=6, ge=1)
+    head_dim: int | None = Field(default=None, ge=2)
+    ffn_dim: int = Field(default=512, ge=1)
+    rope_theta: float = Field(default=10_000.0, gt=1)
+    qk_norm: bool = True
+    norm_eps: float = Field(default=1e-5, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @property
+    def dim_per_head(self) -> int:
+        """Dimension of a head, derived from `dim` unless given."""
+        return self.head_dim or self.dim // self.n_heads
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> "DecoderConfig":
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads is {self.n_heads}, expected a multiple of n_kv_heads = {self.n_kv_heads}")
+        if self.head_dim is None and self.dim % self.n_heads:
+            raise ValueError(f"dim is {self.dim}, expected a multiple of n_heads = {self.n_heads}, or give head_dim")
+        if self.dim_per_head % 2:
+            raise ValueError(f"head_dim is {self.dim_per_head}, expected an even number for rotary positions")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """The decoder and how each modality is learnt.
+
+    Attributes:
+        objectives: by modality; text must be among them.
+        z_loss: weight of log(Z)^2 in every discrete loss.
+    """
+
+    decoder: DecoderConfig = DecoderConfig()
+    objectives: dict[str, AnyObjective]
+    z_loss: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_objectives(self) -> "ModelConfig":
+        if "text" not in self.objectives:
+            raise ValueError("objectives lacks text: every model reads text, so give it an objective")
+        for modality, objective in self.objectives.items():
+            if objective.shift < 0 and objective.bidirectional:
+                raise ValueError(
+                    f"objectives.{modality}: {objective.kind} predicts the next row, which a bidirectional span "
+                    "already shows it (label leak): choose a causal span or predict at the row itself"
+                )
+        return self
+
+
+def parse_config(cls: type[ConfigT], text: str, overrides: Sequence[str] = (), source: str = "config") -> ConfigT:
+    """Build a configuration from YAML text and dotted overrides.
+
+    Args:
+        cls: a pydantic dataclass.
+        overrides: "a.b=value" each, value read as YAML.
+        source: what to call the text in errors, usually its path.
+
+    Raises:
+        ConfigError: not YAML, an unknown key, a value out of range or an override of another form.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source} holds a {type(content).__name__}, expected a mapping of keys to values")
+    for override in overrides:
+        _override(content, override)
+    try:
+        return TypeAdapter(cls).validate_python(content)
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in _describe(error, cls))
+        raise ConfigError(f"{source} cannot be used:\n{lines}") from error
+
+
+def dump_config(config: object) -> str:
+    """Return YAML from which `parse_config` rebuilds an equal configuration, every value written out."""
+    plain = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r} cannot be read, expected dotted.key=value, for example optim.lr=1e-3")
+    node = content
+    for depth, key in enumerate(keys[:-1]):
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {path}: {'.'.join(keys[: depth + 1])} is a value, not a group of keys")
+    try:
+        node[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {path}: {text!r} is not a YAML value: {error}") from error
+
+
+def _describe(error: ValidationError, cls: type) -> list[str]:
+    lines = []
+    for entry in error.errors(include_url=False):
+        path = ".".join(str(key) for key in entry["loc"])
+        message = entry["msg"].removeprefix("Value error, ")
+        if entry["type"] == "unexpected_keyword_argument":
+            known = _fields_at(cls, entry["loc"][:-1])
+            close = difflib.get_close_matches(str(entry["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+            lines.append(f"{path}: unknown key; {hint}")
+        elif entry["type"] == "missing":
+            lines.append(f"{path}: required, but not given")
+        elif entry["type"] == "value_error":
+            lines.append(f"{path}: {message}" if path else message)
+        else:
+            lines.append(f"{path}: {message}, not {entry['input']!r}")
+    return lines
+
+
+def _fields_at(cls: Any, path: Sequence[int | str]) -> list[str]:
+    """Return the field names of the dataclass at `path` below `cls`, as far as plain annotations tell."""
+    for key in path:
+        found = (
+            {f.name: f.type for f in dataclasses.fields(cls)}.get(str(key)) if dataclasses.is_dataclass(cls) else None
+        )
+        if found is None:
+            return []
+        if not dataclasses.is_dataclass(found):
+            # Optional and container fields: the one dataclass named in the annotation, if any.
+            arguments = getattr(found, "__args__", ())
+            inner = [a for a in arguments if dataclasses.is_dataclass(a)]
+            found = inner[0] if inner else None
+        if found is None:
+            return []
+        cls = found
+    return sorted(f.name for f in dataclasses.fields(cls))

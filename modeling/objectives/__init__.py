@@ -1,0 +1,1 @@
+"""One file per objective: how a span is corrupted, scored and produced."""

@@ -1,0 +1,145 @@
+"""What an objective is: how a span is learnt and how it is produced, side by side.
+
+An objective is a frozen pydantic dataclass: its configuration is the object. It sees ids and logits, never the
+network, the batch layout or a device.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from omniform.kernels.cross_entropy import cross_entropy
+
+
+@dataclass(frozen=True)
+class TargetSpans:
+    """The target spans of one modality in a packed batch, their contents laid end to end (ragged).
+
+    M is the number of content rows, S of spans.
+
+    Attributes:
+        token_ids: clean contents, ids of the model.
+        rows: flat index of each content row in the (B * L) rows of its batch.
+        span_index: which span a content row belongs to, 0 to S - 1, ascending.
+        positions: place of a content row within its span.
+        lengths: number of contents per span.
+        noise_keys: key of the sample that a span belongs to.
+        span_numbers: place of the span within its sample.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    span_index: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    noise_keys: npt.NDArray[np.uint64]
+    span_numbers: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """Result of the forward process.
+
+    Attributes:
+        token_ids: what the network reads in place of the clean contents.
+        loss_weights: weight of each content row's prediction; 0 where there is nothing to predict.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    loss_weights: npt.NDArray[np.float32]
+
+
+class Draw(Protocol):
+    """Keyed randomness of one span being generated; given by the sampler, so that objectives stay pure."""
+
+    def tokens(
+        self, logits: Float[Tensor, "N W"], step: int, positions: Int[Tensor, "N"]
+    ) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
+        """Return one choice per row, an index into W, and its log-probability under the truncated softmax."""
+        ...
+
+    def gumbel(self, step: int, positions: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+        """Return standard Gumbel noise for each position."""
+        ...
+
+
+@dataclass(frozen=True)
+class SpanState:
+    """A span being generated.
+
+    Attributes:
+        token_ids: contents so far; in masked spans the mask id stands where nothing is decided yet.
+        step: number of steps done.
+        n_steps: number of steps in all; for spans that end themselves the largest number allowed.
+        done: nothing is left to do.
+    """
+
+    token_ids: Int[Tensor, "N"]
+    step: int
+    n_steps: int
+    done: bool = False
+
+
+class Objective(ABC):
+    """How spans of a modality are learnt and produced.
+
+    Class attributes:
+        kind: its name in configurations.
+        bidirectional: rows of such a span see their whole span.
+        corrupts: training replaces contents, so that what follows needs a clean copy of the span.
+        shift: the prediction of a content row is read from the row at this offset from it: -1 or 0.
+        commits: every row that a step forwards is final and stays in the cache.
+    """
+
+    kind: Any
+    weight: float
+    bidirectional: ClassVar[bool]
+    corrupts: ClassVar[bool]
+    shift: ClassVar[int]
+    commits: ClassVar[bool]
+
+    @abstractmethod
+    def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
+        """Forward process: choose what the network reads and which predictions count."""
+
+    def loss(
+        self,
+        logits: Float[Tensor, "M W"],
+        labels: Int[Tensor, "M"],
+        weights: Float[Tensor, "M"],
+        z_loss: float = 0.0,
+    ) -> Float[Tensor, ""]:
+        """Return the SUM of the weighted losses; its count is `weights.sum()`. Rows of weight 0 add exactly 0."""
+        losses = cross_entropy(logits, labels, z_loss)
+        return (losses * weights).where(weights > 0, 0.0).sum()
+
+    @abstractmethod
+    def begin(self, length: int, steps: int | None, mask_id: int) -> SpanState:
+        """Open a span: of exactly `length` contents if the modality has a fixed grid, else of at most `length`."""
+
+    @abstractmethod
+    def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
+        """Return the ids of the rows to forward for the next step; `step` takes the logits of exactly those rows."""
+
+    @abstractmethod
+    def step(
+        self,
+        state: SpanState,
+        logits: Float[Tensor, "R W"],
+        first_id: int,
+        end_id: int | None,
+        mask_id: int,
+        draw: Draw,
+    ) -> SpanState:
+        """Reverse process: one step.
+
+        Args:
+            logits: over the ids that the span may hold, for the rows that `inputs` named.
+            first_id: id of the logits' first column.
+            end_id: id that ends the span, or None if its length is fixed.
+        """

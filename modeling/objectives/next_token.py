@@ -1,0 +1,52 @@
+"""Autoregression: every content is predicted from the row before it, the first from the begin marker."""
+
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from omniform.modeling.objectives.base import Corrupted, Draw, Objective, SpanState, TargetSpans
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class NextToken(Objective):
+    """Next-token prediction with teacher forcing; one token and one commit per step."""
+
+    kind: Literal["next_token"] = "next_token"
+    weight: float = Field(default=1.0, gt=0)
+
+    bidirectional: ClassVar[bool] = False
+    corrupts: ClassVar[bool] = False
+    shift: ClassVar[int] = -1
+    commits: ClassVar[bool] = True
+
+    def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
+        """Leave the contents as they are and count every one."""
+        return Corrupted(targets.token_ids, np.ones(len(targets.token_ids), dtype=np.float32))
+
+    def begin(self, length: int, steps: int | None, mask_id: int) -> SpanState:
+        """Open an empty span of at most `length` contents; `steps` does not apply."""
+        return SpanState(torch.zeros(0, dtype=torch.int64), 0, length)
+
+    def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
+        """The newest content, or the begin marker before the first."""
+        return state.token_ids[-1:] if state.step else torch.tensor([begin_id])
+
+    def step(
+        self,
+        state: SpanState,
+        logits: Float[Tensor, "R W"],
+        first_id: int,
+        end_id: int | None,
+        mask_id: int,
+        draw: Draw,
+    ) -> SpanState:
+        """Append one token."""
+        choice, _ = draw.tokens(logits, state.step, torch.tensor([state.step]))
+        token_ids = torch.cat([state.token_ids, choice + first_id])
+        step = state.step + 1
+        return SpanState(token_ids, step, state.n_steps, done=step == state.n_steps or int(token_ids[-1]) == end_id)

@@ -1,0 +1,234 @@
+"""From the parts of a document to the rows that the decoder reads.
+
+    part:   text "a seven"             image, 2 x 2 codes
+    rows:   <begin:text> a seven <end> <begin:image> c0 c1 c2 c3
+
+Each span is one begin marker followed by its content rows. A target span whose objective corrupts it, and which more
+content follows, is written twice: the noised rows, private to themselves, then a clean copy at the same positions
+for the rest of the document to read, as it will be at generation.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from omniform.errors import OmniformError
+from omniform.modeling.attention_pattern import PADDING, AttentionPattern
+from omniform.modeling.objectives.base import Objective, TargetSpans
+from omniform.tokenizers.base import Tokens
+from omniform.tokenizers.vocabulary import Vocabulary
+
+
+class SequenceError(OmniformError):
+    """Parts that do not make a sequence, or sequences that do not fit their rows."""
+
+
+class Role(StrEnum):
+    """Whether a span is given or to be predicted."""
+
+    CONTEXT = "context"
+    TARGET = "target"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One entry of a document: its tokens, and whether it is given or to be predicted."""
+
+    modality: str
+    tokens: Tokens
+    role: Role
+
+
+@dataclass(frozen=True)
+class Span:
+    """Content rows [start, start + length) of a sequence; row start - 1 is the begin marker.
+
+    Attributes:
+        noised: the rows are a corrupted target that a clean copy follows.
+    """
+
+    modality: str
+    start: int
+    length: int
+    grid: tuple[int, ...]
+    role: Role
+    noised: bool
+
+
+def grid_positions(grid: tuple[int, ...], length: int, first: int) -> npt.NDArray[np.int64]:
+    """Return (time, height, width) of each content row, starting at `first` on every axis.
+
+    One axis moves all three coordinates together, so that text sees 1-d positions; an image keeps one time.
+
+    Raises:
+        SequenceError: the grid does not hold `length` rows, or has more than three axes.
+    """
+    if len(grid) == 1:
+        return np.repeat(first + np.arange(length)[:, None], 3, axis=1)
+    if len(grid) > 3 or int(np.prod(grid)) != length:
+        raise SequenceError(f"{length} tokens on the grid {grid}: expected its product, on one to three axes")
+    axes = np.indices(grid).reshape(len(grid), -1).T
+    positions = np.full((length, 3), first)
+    positions[:, 3 - len(grid) :] += axes
+    return positions
+
+
+def span_extent(grid: tuple[int, ...], length: int) -> int:
+    """Return by how much a span moves the position of what follows."""
+    return length if len(grid) == 1 else max(grid)
+
+
+def document_length(parts: Sequence[tuple[str, int, Role]], objectives: Mapping[str, Objective]) -> int:
+    """Return the number of rows that a document takes, from (modality, number of codes, role) of its parts."""
+    total = 0
+    for place, (modality, n_codes, role) in enumerate(parts):
+        length = n_codes + (modality == "text")
+        copies = role is Role.TARGET and objectives[modality].corrupts and place < len(parts) - 1
+        total += 1 + length * (2 if copies else 1)
+    return total
+
+
+@dataclass(frozen=True)
+class MultimodalSequence:
+    """One sample as rows, with its spans in order.
+
+    Attributes:
+        noise_key: 64 bits that identify this sample's visit; keys its corruption.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    position_ids: npt.NDArray[np.int64]
+    block_ids: npt.NDArray[np.int64]
+    bidirectional: npt.NDArray[np.bool_]
+    private: npt.NDArray[np.bool_]
+    spans: tuple[Span, ...]
+    noise_key: int = 0
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @classmethod
+    def build(
+        cls, parts: Sequence[Part], vocabulary: Vocabulary, objectives: Mapping[str, Objective], noise_key: int = 0
+    ) -> "MultimodalSequence":
+        """Lay the parts out as rows.
+
+        Raises:
+            SequenceError: no parts, or a modality without an objective.
+            VocabularyError: codes that the vocabulary does not hold.
+        """
+        if not parts:
+            raise SequenceError("a sequence needs at least one part")
+        ids: list[npt.NDArray[np.int64]] = []
+        positions: list[npt.NDArray[np.int64]] = []
+        blocks: list[tuple[int, bool, bool]] = []  # (rows, bidirectional, private)
+        spans: list[Span] = []
+        row, position = 0, 0
+        for place, part in enumerate(parts):
+            if part.modality not in objectives:
+                raise SequenceError(f"no objective for modality {part.modality!r}; there is one for {[*objectives]}")
+            objective = objectives[part.modality]
+            contents = vocabulary.to_ids(part.modality, part.tokens.codes).numpy()
+            grid = part.tokens.grid
+            if part.modality == "text":
+                contents = np.append(contents, vocabulary.end)
+                grid = (len(contents),)
+            length = len(contents)
+            ids.append(np.array([vocabulary.begin(part.modality)]))
+            positions.append(np.full((1, 3), position))
+            blocks.append((1, False, False))
+            row, position = row + 1, position + 1
+            content_positions = grid_positions(grid, length, position)
+            noised = part.role is Role.TARGET and objective.corrupts and place < len(parts) - 1
+            for is_noised_copy in (True, False) if noised else (False,):
+                ids.append(contents)
+                positions.append(content_positions)
+                blocks.append((length, objective.bidirectional, is_noised_copy))
+                role = Role.CONTEXT if noised and not is_noised_copy else part.role
+                spans.append(Span(part.modality, row, length, grid, role, is_noised_copy))
+                row += length
+            position += span_extent(grid, length)
+        rows_per_block = [rows for rows, _, _ in blocks]
+        return cls(
+            np.concatenate(ids),
+            np.concatenate(positions),
+            np.repeat(np.arange(len(blocks)), rows_per_block),
+            np.repeat([bidirectional for _, bidirectional, _ in blocks], rows_per_block),
+            np.repeat([private for _, _, private in blocks], rows_per_block),
+            tuple(spans),
+            noise_key,
+        )
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Many sequences in (B, L) rows, and the target spans of each modality that has any."""
+
+    token_ids: Int[Tensor, "B L"]
+    position_ids: Int[Tensor, "B L 3"]
+    pattern: AttentionPattern
+    targets: Mapping[str, TargetSpans]
+
+
+def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabulary: Vocabulary) -> PackedBatch:
+    """Lay sequences into rows of `row_length`; the rest of each row is padding.
+
+    Args:
+        rows: the sequences of each row, in order; a row may be empty.
+
+    Raises:
+        SequenceError: a row's sequences are longer than the row.
+    """
+    shape = (len(rows), row_length)
+    token_ids = np.full(shape, vocabulary.pad)
+    position_ids = np.zeros((*shape, 3), dtype=np.int64)
+    document_ids = np.full(shape, PADDING)
+    block_ids = np.zeros(shape, dtype=np.int64)
+    bidirectional, private = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
+    found: dict[str, list[tuple[MultimodalSequence, int, Span, int]]] = {}
+    for index, sequences in enumerate(rows):
+        start = 0
+        for document, sequence in enumerate(sequences):
+            stop = start + len(sequence)
+            if stop > row_length:
+                raise SequenceError(
+                    f"row {index} holds {sum(map(len, sequences))} tokens, expected at most {row_length}: "
+                    "raise data.row_length or split the document"
+                )
+            here = (index, slice(start, stop))
+            token_ids[here], position_ids[here] = sequence.token_ids, sequence.position_ids
+            document_ids[here], block_ids[here] = document, sequence.block_ids
+            bidirectional[here], private[here] = sequence.bidirectional, sequence.private
+            for number, span in enumerate(sequence.spans):
+                if span.role is Role.TARGET:
+                    found.setdefault(span.modality, []).append((sequence, index * row_length + start, span, number))
+            start = stop
+    arrays = (document_ids, block_ids, bidirectional, private)
+    return PackedBatch(
+        torch.from_numpy(token_ids),
+        torch.from_numpy(position_ids),
+        AttentionPattern(*map(torch.from_numpy, arrays)),
+        {modality: _collect(spans) for modality, spans in found.items()},
+    )
+
+
+def _collect(spans: Sequence[tuple[MultimodalSequence, int, Span, int]]) -> TargetSpans:
+    lengths = np.array([span.length for _, _, span, _ in spans])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    first_rows = np.array([offset + span.start for _, offset, span, _ in spans])
+    span_index = np.repeat(np.arange(len(spans)), lengths)
+    return TargetSpans(
+        token_ids=np.concatenate([s.token_ids[span.start : span.start + span.length] for s, _, span, _ in spans]),
+        rows=first_rows[span_index] + positions,
+        span_index=span_index,
+        positions=positions,
+        lengths=lengths,
+        noise_keys=np.array([s.noise_key for s, _, _, _ in spans], dtype=np.uint64),
+        span_numbers=np.array([number for _, _, _, number in spans]),
+    )

@@ -1,0 +1,9 @@
+"""The one exception family. A leaf: every room may import it."""
+
+
+class OmniformError(ValueError):
+    """Something that the user gave cannot be used.
+
+    The message names what was given, what was expected and what to do. The command line prints it without a
+    traceback and exits with status 2; the library lets it pass to the caller.
+    """

@@ -1,0 +1,188 @@
+"""The one id space of a model, and the only place where an offset is added to a code.
+
+    [ text ids | 64 special ids | codes of the 1st discrete modality | codes of the 2nd | ... ]
+
+Text ids are the text tokenizer's own. Special ids have fixed places; each modality takes the next free one as its
+begin marker. Adding a modality appends: no id that was ever stored changes its meaning.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from omniform.errors import OmniformError
+from omniform.tokenizers.base import Discrete
+
+N_SPECIAL = 64
+_FIXED_SPECIALS = ("end", "pad", "mask", "begin:text")
+
+
+class VocabularyError(OmniformError):
+    """An id, a code or a vocabulary that does not fit the model's own."""
+
+
+@dataclass(frozen=True)
+class IdRange:
+    """Ids start <= id < stop."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Vocabulary:
+    """Bijection between (modality, code) and the ids of one model.
+
+    Args:
+        text_size: number of ids of the text tokenizer.
+        modalities: the other discrete modalities, in the order in which they were added to the model.
+
+    Raises:
+        VocabularyError: more modalities than begin markers, an empty codebook, or text among `modalities`.
+    """
+
+    def __init__(self, text_size: int, modalities: Mapping[str, Discrete]) -> None:
+        if text_size < 1:
+            raise VocabularyError(f"text_size is {text_size}, expected at least 1")
+        if "text" in modalities:
+            raise VocabularyError("text is the first range by itself: leave it out of `modalities`")
+        specials = [*_FIXED_SPECIALS, *(f"begin:{name}" for name in modalities)]
+        if len(specials) > N_SPECIAL:
+            raise VocabularyError(f"{len(modalities)} modalities, expected at most {N_SPECIAL - len(_FIXED_SPECIALS)}")
+        self.text_size = text_size
+        self.modalities = dict(modalities)
+        self._specials = {name: text_size + place for place, name in enumerate(specials)}
+        self._codes: dict[str, IdRange] = {"text": IdRange(0, text_size)}
+        next_id = text_size + N_SPECIAL
+        for name, representation in modalities.items():
+            width = representation.vocab_size * representation.n_codebooks
+            if width < 1:
+                raise VocabularyError(f"modality {name} has an empty codebook: {representation}")
+            self._codes[name] = IdRange(next_id, next_id + width)
+            next_id += width
+        self.size = next_id
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All modalities, text first, in the order of their ids."""
+        return tuple(self._codes)
+
+    @property
+    def end(self) -> int:
+        """Id that ends a span of free length."""
+        return self._specials["end"]
+
+    @property
+    def pad(self) -> int:
+        """Id of rows that hold nothing; never seen by a loss or by another row."""
+        return self._specials["pad"]
+
+    @property
+    def mask(self) -> int:
+        """Id that stands for a token not yet known, in masked objectives."""
+        return self._specials["mask"]
+
+    def begin(self, modality: str) -> int:
+        """Id of the marker row before every span of `modality`."""
+        self._require(modality)
+        return self._specials[f"begin:{modality}"]
+
+    def target_range(self, modality: str) -> IdRange:
+        """Ids that a generated span of `modality` may hold: its codes, and the end id for text."""
+        codes = self._require(modality)
+        return IdRange(codes.start, self.end + 1) if modality == "text" else codes
+
+    def to_ids(self, modality: str, codes: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
+        """Turn a modality's own codes into ids of the model.
+
+        Raises:
+            VocabularyError: a code is outside the modality's range.
+        """
+        ids = self._require(modality)
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < len(ids)):
+            raise VocabularyError(
+                f"codes of {modality} span [{int(codes.min())}, {int(codes.max())}], expected [0, {len(ids) - 1}]: "
+                "they were made by another tokenizer"
+            )
+        return codes.to(torch.int64) + ids.start
+
+    def to_codes(self, modality: str, ids: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
+        """Turn ids of the model into a modality's own codes.
+
+        Raises:
+            VocabularyError: an id belongs to something else.
+        """
+        own = self._require(modality)
+        if ids.numel() and not (own.start <= int(ids.min()) and int(ids.max()) < own.stop):
+            raise VocabularyError(
+                f"ids span [{int(ids.min())}, {int(ids.max())}], expected those of {modality}: "
+                f"[{own.start}, {own.stop - 1}]"
+            )
+        return ids.to(torch.int64) - own.start
+
+    def describe(self, token_id: int) -> str:
+        """Return a readable name of an id, for errors and previews."""
+        for name, place in self._specials.items():
+            if token_id == place:
+                return f"<{name}>"
+        for name, ids in self._codes.items():
+            if ids.start <= token_id < ids.stop:
+                return f"{name}[{token_id - ids.start}]"
+        return f"unused[{token_id}]"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads: sizes, the derived ranges for human readers, and the hash."""
+        content = self._content()
+        return {**content, "size": self.size, "specials": self._specials, "sha256": self.digest()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Vocabulary":
+        """Rebuild a vocabulary and check it against the stored hash.
+
+        Raises:
+            VocabularyError: a key is missing, or the hash does not match the content.
+        """
+        try:
+            stored = {name: Discrete(**entry) for name, entry in content["modalities"].items()}
+            vocabulary = cls(content["text_size"], stored)
+            expected = content["sha256"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise VocabularyError(
+                f"a vocabulary record lacks or misnames a key: {error!r}; expected text_size, modalities and sha256"
+            ) from error
+        if vocabulary.digest() != expected:
+            raise VocabularyError(
+                f"the vocabulary's content hashes to {vocabulary.digest()[:12]}, but its record says "
+                f"{str(expected)[:12]}: the file was edited or damaged; take it again from where the model was saved"
+            )
+        return vocabulary
+
+    def digest(self) -> str:
+        """Return the sha256 over everything that decides what an id means."""
+        content = {**self._content(), "n_special": N_SPECIAL, "specials": self._specials}
+        return hashlib.sha256(json.dumps(content, sort_keys=False).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def _content(self) -> dict[str, Any]:
+        entries = {
+            name: {"vocab_size": r.vocab_size, "n_codebooks": r.n_codebooks} for name, r in self.modalities.items()
+        }
+        return {"text_size": self.text_size, "modalities": entries}
+
+    def _require(self, modality: str) -> IdRange:
+        if modality not in self._codes:
+            raise VocabularyError(f"no modality {modality!r} in this model; it has {', '.join(self._codes)}")
+        return self._codes[modality]
