@@ -41,9 +41,8 @@ def keyed_bits(*keys: npt.ArrayLike) -> npt.NDArray[np.uint64]:
             array = np.asarray(key)
             if array.dtype.kind not in "iu":
                 raise TypeError(f"a noise key must be integral, but one has dtype {array.dtype}")
-            state = _mix((state ^ array.astype(np.uint64)) + _GOLDEN)
-            state = np.asarray(state)
-    return np.asarray(_mix(state + _GOLDEN))
+            state = np.asarray(_mix((state ^ array.astype(np.uint64)) + _GOLDEN))
+        return np.asarray(_mix(state + _GOLDEN))
 
 
 def keyed_uniform(*keys: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -42,6 +42,10 @@ class AttentionPattern:
         visible = not_later | (same_block & self.bidirectional[:, None, :])
         return same_document & visible & (same_block | ~self.private[:, None, :])
 
+    def to(self, device: torch.device | str) -> "AttentionPattern":
+        """Return the pattern with its arrays on `device`."""
+        return AttentionPattern(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
     def append(self, new: "AttentionPattern") -> "AttentionPattern":
         """Return the pattern of this one's rows followed by those of `new`, in each batch entry."""
         return AttentionPattern(
@@ -68,14 +72,19 @@ class AttentionPattern:
         batch, length = self.document_ids.shape
         device = self.document_ids.device
         flat = torch.arange(batch * length, device=device).view(batch, length)
-        real = self.document_ids != PADDING
+        document_ids = self.document_ids
+        if bool((document_ids == PADDING).all()):
+            # One row stands for a document, so that every projection takes part in the backward pass of every rank.
+            document_ids = document_ids.clone()
+            document_ids[0, 0] = 0
+        real = document_ids != PADDING
         # Rows of one document are contiguous, so a new document starts wherever the id differs from its left neighbour.
-        left = torch.full_like(self.document_ids, PADDING)
-        left[:, 1:] = self.document_ids[:, :-1]
-        starts = flat[real & (self.document_ids != left)]
-        right = torch.full_like(self.document_ids, PADDING)
-        right[:, :-1] = self.document_ids[:, 1:]
-        stops = flat[real & (self.document_ids != right)] + 1
+        left = torch.full_like(document_ids, PADDING)
+        left[:, 1:] = document_ids[:, :-1]
+        starts = flat[real & (document_ids != left)]
+        right = torch.full_like(document_ids, PADDING)
+        right[:, :-1] = document_ids[:, 1:]
+        stops = flat[real & (document_ids != right)] + 1
         lengths = stops - starts
         batches = []
         widths = 16 * torch.ceil(lengths / 16).to(torch.int64)

@@ -38,7 +38,7 @@ def _build_objective(value: object) -> object:
     try:
         return TypeAdapter(OBJECTIVES[kind]).validate_python(dict(value))
     except ValidationError as error:
-        raise ValueError("; ".join(_describe(error, OBJECTIVES[kind]))) from error
+        raise ValueError("\n".join(f".{line}" for line in _describe(error, OBJECTIVES[kind]))) from error
 
 
 def _dump_objective(objective: Objective) -> dict[str, Any]:
@@ -173,6 +173,8 @@ def _describe(error: ValidationError, cls: type) -> list[str]:
             lines.append(f"{path}: unknown key; {hint}")
         elif entry["type"] == "missing":
             lines.append(f"{path}: required, but not given")
+        elif entry["type"] == "value_error" and message.startswith("."):
+            lines += [f"{path}{line}" for line in message.splitlines()]  # errors of an objective, paths below this one
         elif entry["type"] == "value_error":
             lines.append(f"{path}: {message}" if path else message)
         else:

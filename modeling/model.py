@@ -33,6 +33,10 @@ class Predictions:
     labels: Int[Tensor, "M"]
     weights: Float[Tensor, "M"]
 
+    def to(self, device: torch.device | str) -> "Predictions":
+        """Return the same on `device`."""
+        return Predictions(self.rows.to(device), self.labels.to(device), self.weights.to(device))
+
 
 @dataclass(frozen=True)
 class CorruptedBatch:
@@ -52,6 +56,15 @@ class CorruptedBatch:
     def counts(self) -> dict[str, float]:
         """Sum of the weights of each modality's predictions: what its loss sum is to be divided by."""
         return {modality: float(p.weights.sum()) for modality, p in self.predictions.items()}
+
+    def to(self, device: torch.device | str) -> "CorruptedBatch":
+        """Return the batch on `device`."""
+        return CorruptedBatch(
+            self.token_ids.to(device),
+            self.position_ids.to(device),
+            self.pattern.to(device),
+            {modality: p.to(device) for modality, p in self.predictions.items()},
+        )
 
 
 def corrupt(batch: PackedBatch, vocabulary: Vocabulary, objectives: Mapping[str, Objective]) -> CorruptedBatch:
@@ -153,6 +166,6 @@ class UnifiedModel(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
-        for block in self.decoder.blocks:
-            for layer in (block.attention.out, block.feed_forward.down):
-                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.config.decoder.n_layers))
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.decoder.n_layers))

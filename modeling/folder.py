@@ -1,0 +1,213 @@
+"""Model folders: write, verify, read. The room's one file with input and output.
+
+config.json              ModelConfig
+vocabulary.json          the id space, with its hash
+model.safetensors        weights in fp32
+tokenizers/<modality>/   what each tokenizer saved
+generation_config.json   default sampling settings per modality
+README.md                model card
+manifest.sha256          digest of every file above
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from omniform.errors import OmniformError
+from omniform.modeling.config import ConfigError, ModelConfig, dump_config, parse_config
+from omniform.modeling.model import UnifiedModel
+from omniform.tokenizers.base import Discrete, Modality, folder_digest
+from omniform.tokenizers.registry import load_modality
+from omniform.tokenizers.vocabulary import Vocabulary
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.sha256"
+
+
+class ModelFolderError(OmniformError):
+    """A model folder that is missing, incomplete, damaged or of another format."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Everything that a model folder holds."""
+
+    model: UnifiedModel
+    tokenizers: Mapping[str, Modality]
+    generation_config: Mapping[str, Any]
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The model's id space."""
+        return self.model.vocabulary
+
+
+def build_vocabulary(tokenizers: Mapping[str, Modality]) -> Vocabulary:
+    """Return the id space of a set of tokenizers: text, then the others in the order given.
+
+    Raises:
+        ModelFolderError: there is no text tokenizer, or one is not discrete.
+    """
+    sizes = {}
+    for name, tokenizer in tokenizers.items():
+        representation = tokenizer.representation
+        if not isinstance(representation, Discrete):
+            raise ModelFolderError(f"tokenizer {name} is {representation}, expected a discrete one")
+        sizes[name] = representation
+    if "text" not in sizes:
+        raise ModelFolderError(f"tokenizers are {[*tokenizers]}, expected one of text among them")
+    return Vocabulary(sizes.pop("text").vocab_size, sizes)
+
+
+def save_model_folder(
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizers: Mapping[str, Modality],
+    *,
+    generation_config: Mapping[str, Any],
+    card: str,
+) -> None:
+    """Write a model folder beside its place, then move it there whole; an older one is replaced at that moment.
+
+    Args:
+        weights: the model's state dict; stored in fp32.
+        tokenizers: by modality, in the order of the vocabulary.
+        card: README.md of the folder.
+    """
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save(draft / "tokenizers" / name)
+    digests = {name: folder_digest(draft / "tokenizers" / name) for name in tokenizers}
+    record = {
+        "format": "omniform",
+        "format_version": FORMAT_VERSION,
+        "model": yaml.safe_load(dump_config(config)),
+        "tokenizers": digests,
+    }
+    _write_json(draft / "config.json", record)
+    _write_json(draft / "vocabulary.json", build_vocabulary(tokenizers).to_json())
+    _write_json(draft / "generation_config.json", dict(generation_config))
+    save_file({name: w.detach().float().contiguous().cpu() for name, w in weights.items()}, draft / "model.safetensors")
+    (draft / "README.md").write_text(card, encoding="utf-8")
+    write_manifest(draft)
+    retired = folder.with_name(f".{folder.name}.retired")
+    shutil.rmtree(retired, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, retired)
+    os.replace(draft, folder)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def load_model_folder(folder: Path) -> LoadedModel:
+    """Read and verify a model folder.
+
+    Raises:
+        ModelFolderError: no such folder, a file missing, changed or damaged, another format, or a vocabulary that is
+            not the one of the tokenizers beside it.
+    """
+    if not folder.is_dir():
+        raise ModelFolderError(
+            f"no model folder at {folder}: expected a folder with config.json and model.safetensors, such as the "
+            "model/ that `omniform train` or `omniform demo` writes"
+        )
+    verify_manifest(folder)
+    record = _read_json(folder / "config.json")
+    if record.get("format") != "omniform" or record.get("format_version") != FORMAT_VERSION:
+        raise ModelFolderError(
+            f"{folder / 'config.json'} is of format {record.get('format')!r} version {record.get('format_version')!r}, "
+            f"expected 'omniform' version {FORMAT_VERSION}"
+        )
+    config = parse_config(ModelConfig, json.dumps(record["model"]), source=str(folder / "config.json"))
+    tokenizers = {name: load_modality(folder / "tokenizers" / name) for name in record["tokenizers"]}
+    vocabulary = Vocabulary.from_json(_read_json(folder / "vocabulary.json"))
+    if vocabulary != build_vocabulary(tokenizers):
+        raise ModelFolderError(
+            f"{folder / 'vocabulary.json'} hashes to {vocabulary.digest()[:12]}, but the tokenizers beside it make "
+            f"{build_vocabulary(tokenizers).digest()[:12]}: weights and tokenizers are not of one model; take the "
+            "folder again from where it was saved"
+        )
+    for name, digest in record["tokenizers"].items():
+        if folder_digest(folder / "tokenizers" / name) != digest:
+            raise ModelFolderError(
+                f"{folder / 'tokenizers' / name} is not the tokenizer that the model was trained with"
+            )
+    with torch.device("meta"):
+        model = UnifiedModel(config, vocabulary)
+    try:
+        weights = load_file(folder / "model.safetensors")
+        model.load_state_dict(weights, strict=True, assign=True)
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise ModelFolderError(f"{folder / 'model.safetensors'} does not fit config.json beside it: {error}") from error
+    return LoadedModel(model.eval(), tokenizers, _read_json(folder / "generation_config.json"))
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the sha256 of every file of a folder, in the format of `sha256sum`."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    lines = [f"{file_digest(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
+    (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
+
+
+def verify_manifest(folder: Path) -> None:
+    """Check every file of a folder against its manifest.
+
+    Raises:
+        ModelFolderError: the manifest is missing or unreadable, or a file is missing, changed or not listed.
+    """
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ModelFolderError(
+            f"{folder} has no readable {MANIFEST}: expected a complete folder written by Omniform"
+        ) from error
+    listed = {}
+    for line in text.splitlines():
+        digest, gap, name = line.partition("  ")
+        if not gap:
+            raise ModelFolderError(f"{folder / MANIFEST} is damaged: line {line!r} is not 'digest  name'")
+        listed[name] = digest
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    if set(listed) != present:
+        raise ModelFolderError(
+            f"{folder} holds other files than its {MANIFEST} lists: missing {sorted(set(listed) - present)}, "
+            f"unexpected {sorted(present - set(listed))}; take the folder again from where it was saved"
+        )
+    for name, digest in listed.items():
+        if file_digest(folder / name) != digest:
+            raise ModelFolderError(
+                f"{folder / name} is damaged: its sha256 differs from {MANIFEST}; take it again from where it was saved"
+            )
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelFolderError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content

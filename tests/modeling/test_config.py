@@ -1,0 +1,52 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from omniform.modeling.config import ConfigError, DecoderConfig, ModelConfig, dump_config, parse_config
+from omniform.modeling.objectives.masked import Masked
+from omniform.modeling.objectives.next_token import NextToken
+
+MINIMAL = "objectives: {text: next_token, image: {kind: masked}}\n"
+
+
+@given(
+    st.integers(1, 8),
+    st.floats(1e-8, 1, allow_nan=False),
+    st.one_of(st.builds(Masked, steps=st.integers(1, 99)), st.builds(NextToken, weight=st.floats(0.01, 9))),
+)
+def test_what_is_dumped_parses_to_the_same(n_layers: int, z_loss: float, image: Masked | NextToken) -> None:
+    objectives = {"text": NextToken(), "image": image}
+    config = ModelConfig(decoder=DecoderConfig(n_layers=n_layers), objectives=objectives, z_loss=z_loss)
+    assert parse_config(ModelConfig, dump_config(config)) == config
+
+
+def test_precedence_is_python_then_yaml_then_override() -> None:
+    assert parse_config(ModelConfig, MINIMAL).z_loss == 0
+    assert parse_config(ModelConfig, MINIMAL + "z_loss: 1e-4").z_loss == 1e-4
+    config = parse_config(ModelConfig, MINIMAL + "z_loss: 1e-4", ["z_loss=1e-5", "decoder.n_layers=2"])
+    assert (config.z_loss, config.decoder.n_layers) == (1e-5, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        (MINIMAL + "decoder: {n_layer: 3}", [], r"decoder\.n_layer: unknown key; did you mean n_layers\?"),
+        (MINIMAL + "decoder: {n_heads: 0}", [], r"decoder\.n_heads: .*greater than or equal to 1, not 0"),
+        (MINIMAL, ["decoder.dim=abc"], r"decoder\.dim: .*not 'abc'"),
+        (MINIMAL, ["decoder.n_kv_heads=4"], r"decoder: n_heads is 6, expected a multiple of n_kv_heads = 4"),
+        (MINIMAL, ["decoder.head_dim=7"], r"even number"),
+        (MINIMAL, ["z_loss"], r"dotted\.key=value"),
+        (MINIMAL, ["z_loss.a=1", "z_loss.a.b=2"], r"z_loss\.a is a value"),
+        (MINIMAL, ["z_loss={"], r"not a YAML value"),
+        ("objectives: {image: masked}", [], r"lacks text"),
+        ("objectives: {text: {kind: next_token, steps: 3}}", [], r"objectives\.text\.steps: unknown key"),
+        ("objectives: {text: nexttoken}", [], r"objectives\.text: .*expected one of \['masked', 'next_token'\]"),
+        ("objectives: {text: 3}", [], r"objectives\.text: expected a mapping"),
+        ("decoder: {}", [], r"objectives: required"),
+        ("a: [", [], r"not valid YAML"),
+        ("- 1", [], r"holds a list, expected a mapping"),
+    ],
+)
+def test_a_bad_config_names_the_key_and_what_was_expected(text: str, overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        parse_config(ModelConfig, text, overrides, "model.yaml")
