@@ -1,0 +1,108 @@
+"""Many sessions through one model, in step: commit what is final, then step the open spans until they close."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from omniform.inference.cache import KVCache
+from omniform.inference.session import Branch, OpenSpan, Session
+from omniform.modeling.model import UnifiedModel
+from omniform.modeling.sequence import MultimodalSequence, pack
+
+
+@dataclass(frozen=True)
+class SpanStep:
+    """A session's open span after one more step.
+
+    Attributes:
+        session: place of the session among those that run together.
+    """
+
+    session: int
+    span: OpenSpan
+
+
+class Engine:
+    """Runs sessions on a model.
+
+    Args:
+        fixed_grids: by modality, the grid of a generated span, or None where it ends itself.
+    """
+
+    def __init__(self, model: UnifiedModel, fixed_grids: Mapping[str, tuple[int, ...] | None]) -> None:
+        self.model, self.fixed_grids = model, fixed_grids
+        self.n_active = 0
+
+    def run(self, sessions: Sequence[Session], to: Sequence[str]) -> Iterator[list[SpanStep]]:
+        """Generate one span per entry of `to` in every session, yielding the spans that each forward pass advanced.
+
+        Closing the iterator frees the sessions' memory.
+        """
+        self.n_active += len(sessions)
+        try:
+            cache = KVCache()
+            for modality in to:
+                yield from self._run_span(sessions, modality, cache)
+        finally:
+            self.n_active -= len(sessions)
+
+    def _run_span(self, sessions: Sequence[Session], modality: str, cache: KVCache) -> Iterator[list[SpanStep]]:
+        vocabulary, objectives = self.model.vocabulary, self.model.config.objectives
+        objective = objectives[modality]
+        branches = [branch for session in sessions for branch in session.branches]
+        for session in sessions:
+            session.open_span(modality, self.fixed_grids[modality], vocabulary, objectives)
+        self._forward(branches, [branch.pending() for branch in branches], cache, commit=True)
+        begin_id = vocabulary.begin(modality)
+        while any(session.span for session in sessions):
+            rows: list[MultimodalSequence | None] = []
+            for session in sessions:
+                for branch in session.branches:
+                    span = session.span
+                    rows.append(branch.step_rows(objective.inputs(span.state, begin_id)) if span else None)
+            hidden = self._forward(branches, rows, cache, commit=objective.commits)
+            logits = iter(self._logits(hidden, rows, modality))
+            steps = []
+            for place, session in enumerate(sessions):
+                if session.span:
+                    step = session.advance([next(logits) for _ in session.branches], vocabulary)
+                    steps.append(SpanStep(place, step))
+            yield steps
+
+    @torch.inference_mode()
+    def _forward(
+        self,
+        branches: Sequence[Branch],
+        rows: Sequence[MultimodalSequence | None],
+        cache: KVCache,
+        *,
+        commit: bool,
+    ) -> Float[Tensor, "B N D"]:
+        """Forward the rows of each branch after those that it has in the cache; shorter ones are padded."""
+        lengths = [0 if new is None else len(new) for new in rows]
+        device = next(self.model.parameters()).device
+        if not max(lengths):
+            return torch.empty(len(rows), 0, self.model.config.decoder.dim, device=device)
+        batch = pack([[] if new is None else [new] for new in rows], max(lengths), self.model.vocabulary)
+        new_pattern = batch.pattern.to(device)
+        hidden = self.model.hidden(
+            batch.token_ids.to(device), batch.position_ids.to(device), cache.covering(new_pattern), cache
+        )
+        if commit:
+            cache.commit(new_pattern)
+            for branch, length in zip(branches, lengths, strict=True):
+                branch.n_committed += length
+        return hidden
+
+    @torch.inference_mode()
+    def _logits(
+        self, hidden: Float[Tensor, "B N D"], rows: Sequence[MultimodalSequence | None], modality: str
+    ) -> Sequence[Float[Tensor, "R W"]]:
+        """Return the logits of each branch that has rows, on the CPU in fp32, over the ids that the span may hold."""
+        counts = [len(new) for new in rows if new is not None]
+        found = torch.cat([hidden[place, : len(new)] for place, new in enumerate(rows) if new is not None])
+        logits = self.model.logits(found, self.model.vocabulary.target_range(modality))
+        return logits.float().cpu().split(counts)

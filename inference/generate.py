@@ -1,0 +1,311 @@
+"""The public face of generation: `load` a model folder, then `generate`, `generate_batch` or `stream`."""
+
+import math
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from omniform.errors import OmniformError
+from omniform.inference.engine import Engine, SpanStep
+from omniform.inference.protocol import (
+    ContentPart,
+    DataPart,
+    Done,
+    Event,
+    ImagePart,
+    PartDone,
+    Reply,
+    Request,
+    SpanProgress,
+    TextDelta,
+    TextPart,
+    parse_prompt,
+    parse_seeds,
+    parse_targets,
+)
+from omniform.inference.sampling import SamplingSettings, sampling_settings
+from omniform.inference.session import Session
+from omniform.modeling.folder import LoadedModel, load_model_folder
+from omniform.modeling.sequence import Part, Role, document_length
+from omniform.tokenizers.base import Tokens
+
+DEFAULT_MAX_SEQUENCE_LENGTH = 1024
+SESSIONS_AT_ONCE = 128
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> "Model":
+    """Load a model folder and verify every file of it.
+
+    Raises:
+        OmniformError: no such folder, or one that is incomplete, damaged or of another format.
+    """
+    return Model(load_model_folder(Path(folder)), device)
+
+
+class Model:
+    """A model with its tokenizers, ready to generate.
+
+    All generating methods take these keywords; what is not given comes from the model's generation_config.json, and a
+    value that is given holds for every generated span that it applies to.
+
+        to: modality to generate, or an ordered list of them; text unless given.
+        max_new_tokens: most tokens of a text, its end included; unless given also bounded by the room that is left.
+        temperature, top_k, top_p, guidance_scale, steps: see `SamplingSettings`. A default guidance_scale is not
+            applied to an empty prompt, which leaves nothing to guide towards.
+        negative_prompt: what guidance pushes away from, in any form of a prompt; nothing unless given.
+        batch_invariant: run every prompt by itself, so that its reply is the same to the byte in any batch. Else
+            replies in a batch may differ from those alone where two choices are closer than the rounding of logits.
+    """
+
+    def __init__(self, loaded: LoadedModel, device: str | torch.device = "cpu") -> None:
+        self.network, self.tokenizers = loaded.model.to(device).eval(), loaded.tokenizers
+        grids = {name: tokenizer.fixed_grid for name, tokenizer in self.tokenizers.items()}
+        self.engine = Engine(self.network, grids)
+        config = dict(loaded.generation_config)
+        self.max_sequence_length = int(config.pop("max_sequence_length", DEFAULT_MAX_SEQUENCE_LENGTH))
+        defaults = config.pop("modalities", {})
+        if config or set(defaults) - set(self.modalities):
+            unknown = [*config, *(f"modalities.{name}" for name in set(defaults) - set(self.modalities))]
+            raise OmniformError(
+                f"generation_config.json has unknown keys {unknown}, expected max_sequence_length and modalities, "
+                f"which holds settings for {', '.join(self.modalities)}"
+            )
+        self.defaults = {
+            name: sampling_settings(f"generation_config.json, {name}", **defaults.get(name, {}))
+            for name in self.modalities
+        }
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the model reads and generates."""
+        return self.network.vocabulary.names
+
+    def generate(self, prompt: object, to: str | Sequence[str] = "text", **keywords: Any) -> Reply:
+        """Answer one prompt: see `parse_prompt` for its forms, the class for the keywords.
+
+        Args:
+            seed: integer in [0, 2**63); drawn anew unless given, and told in the reply.
+            callback: called with every `Event` as it happens.
+
+        Raises:
+            OmniformError: a prompt, modality or keyword that this model cannot take.
+        """
+        return self.generate_batch([prompt], to, **keywords)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[object],
+        to: str | Sequence[str] = "text",
+        *,
+        seed: int | Sequence[int] | None = None,
+        batch_invariant: bool = False,
+        callback: Callable[[Event], None] | None = None,
+        **keywords: Any,
+    ) -> list[Reply]:
+        """Answer many prompts, in their order.
+
+        Args:
+            seed: one per prompt, each with the result of `generate` with that seed; or one for all, whose prompts
+                are then different samples of it: repeat a prompt to sample it several times.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise OmniformError(f"prompts is a {type(prompts).__name__}, expected a list of prompts")
+        replies = {}
+        at_once = 1 if batch_invariant else SESSIONS_AT_ONCE
+        deltas = callback is not None
+        for event in self._events(prompts, to, seed, keywords, at_once=at_once, deltas=deltas):
+            if callback is not None:
+                callback(event)
+            if isinstance(event, Done):
+                replies[event.prompt] = event.reply
+        return [replies[place] for place in range(len(prompts))]
+
+    def stream(
+        self, prompt: object, to: str | Sequence[str] = "text", *, seed: int | None = None, **keywords: Any
+    ) -> Iterator[Event]:
+        """Answer one prompt as events: TextDelta and SpanProgress, PartDone after each part, Done at the end.
+
+        The prompt and keywords are checked at once. Leaving the loop stops the work and frees its memory.
+        """
+        keywords.pop("batch_invariant", None)  # one prompt runs by itself already
+        return self._events([prompt], to, seed, keywords)
+
+    @torch.inference_mode()
+    def text_logits(self, token_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
+        """Return next-token logits over the text tokenizer's ids, for plain causal text.
+
+        Raises:
+            OmniformError: not a matrix of integers, no column, or an id that is not of the text tokenizer.
+        """
+        if token_ids.ndim != 2 or not token_ids.numel() or token_ids.is_floating_point():
+            raise OmniformError(
+                f"token_ids has shape {tuple(token_ids.shape)} and dtype {token_ids.dtype}, expected integers of "
+                "shape (B, L) with at least one row and column"
+            )
+        return self.network.text_logits(token_ids)
+
+    def _events(
+        self,
+        prompts: Sequence[object],
+        to: str | Sequence[str],
+        seed: int | Sequence[int] | None,
+        keywords: Mapping[str, Any],
+        *,
+        at_once: int = SESSIONS_AT_ONCE,
+        deltas: bool = True,
+    ) -> Iterator[Event]:
+        """Check everything now; the work happens as the result is iterated."""
+        requests = self._requests(prompts, to, seed, keywords)
+        bounded = keywords.get("max_new_tokens") is not None
+        sessions = [self._session(request, bounded=bounded) for request in requests]
+        return self._run_groups(requests, sessions, at_once, deltas)
+
+    def _run_groups(
+        self, requests: Sequence[Request], sessions: Sequence[Session], at_once: int, deltas: bool
+    ) -> Iterator[Event]:
+        for first in range(0, len(sessions), at_once):
+            group = slice(first, first + at_once)
+            yield from self._run(requests[group], sessions[group], first, deltas)
+
+    def _run(
+        self, requests: Sequence[Request], sessions: Sequence[Session], first: int, deltas: bool
+    ) -> Iterator[Event]:
+        """Run sessions together and turn their steps into events; `first` is the place of the first prompt."""
+        parts: list[list[ContentPart]] = [[] for _ in sessions]
+        told = [""] * len(sessions)
+        for steps in self.engine.run(sessions, requests[0].to):
+            for step in steps:
+                state, span = step.span.state, step.span
+                if span.grid is not None:
+                    yield SpanProgress(span.modality, state.step, state.n_steps, span.number, first + step.session)
+                elif deltas and span.modality == "text" and not state.done:
+                    text = self._text_so_far(step)
+                    if len(text) > len(told[step.session]):
+                        yield TextDelta(text[len(told[step.session]) :], span.number, first + step.session)
+                        told[step.session] = text
+            finished = [step for step in steps if step.span.state.done]
+            for step, part in zip(finished, self._decode(finished, sessions), strict=True):
+                place, number = first + step.session, step.span.number
+                if isinstance(part, TextPart):
+                    rest = part.text[len(told[step.session]) :]
+                    if rest:
+                        yield TextDelta(rest, number, place)
+                    told[step.session] = ""
+                parts[step.session].append(part)
+                yield PartDone(part, number, place)
+                if len(parts[step.session]) == len(requests[0].to):
+                    yield Done(Reply(tuple(parts[step.session]), requests[step.session].seed), place)
+
+    def _text_so_far(self, step: SpanStep) -> str:
+        """Return the text of an open span, less a last character whose bytes may not all be there yet."""
+        codes = step.span.state.token_ids
+        return self.tokenizers["text"].decode(Tokens(codes, (len(codes),))).rstrip("\N{REPLACEMENT CHARACTER}")
+
+    def _decode(self, finished: Sequence[SpanStep], sessions: Sequence[Session]) -> list[ContentPart]:
+        """Decode the spans that closed in one step, which are of one modality, together."""
+        if not finished:
+            return []
+        modality, tokenizer = finished[0].span.modality, self.tokenizers[finished[0].span.modality]
+        tokens = [sessions[step.session].generated[step.span.number] for step in finished]
+        with torch.inference_mode():
+            items = tokenizer.decode_batch(tokens)
+        if modality == "text":
+            ended = [int(step.span.state.token_ids[-1]) == self.network.vocabulary.end for step in finished]
+            return [TextPart(item, "end" if end else "length") for item, end in zip(items, ended, strict=True)]
+        if hasattr(tokenizer, "to_pil"):
+            return [ImagePart(tokenizer.to_pil(item)) for item in items]
+        return [DataPart(modality, item) for item in items]
+
+    def _requests(
+        self,
+        prompts: Sequence[object],
+        to: str | Sequence[str],
+        seed: int | Sequence[int] | None,
+        keywords: Mapping[str, Any],
+    ) -> list[Request]:
+        targets = parse_targets(to)
+        for modality in targets:
+            self._require(modality, "asked for")
+        given = {name: value for name, value in keywords.items() if value is not None}
+        negative = given.pop("negative_prompt", None)
+        self._check_keywords(given, targets)
+        seeds = parse_seeds(seed, len(prompts), fresh=secrets.randbits(63))
+        settings = {
+            name: sampling_settings("generate", **{**vars(self.defaults[name]), **given}) for name in set(targets)
+        }
+        guided = any(chosen.guidance_scale != 1 for chosen in settings.values())
+        if negative is not None and not guided:
+            raise OmniformError("negative_prompt has no effect at guidance_scale 1: give a guidance_scale above 1")
+        dropped = () if negative is None else self._parse(negative)
+        requests = []
+        for prompt, (own_seed, sample) in zip(prompts, seeds, strict=True):
+            parts = self._parse(prompt)
+            if parts == dropped and given.get("guidance_scale", 1) != 1:
+                raise OmniformError(
+                    f"guidance_scale is {given['guidance_scale']}, but the prompt holds no condition that guidance "
+                    "could push towards: give a prompt, or guidance_scale=1"
+                )
+            own_dropped = dropped if guided and parts != dropped else None
+            requests.append(Request(parts, targets, settings, own_dropped, own_seed, sample))
+        return requests
+
+    def _check_keywords(self, given: Mapping[str, Any], targets: Sequence[str]) -> None:
+        objectives = self.network.config.objectives
+        if "steps" in given and all(objectives[name].commits for name in targets):
+            raise OmniformError(f"steps does not apply to {', '.join(targets)}, generated token by token: leave it out")
+        if "max_new_tokens" in given and all(self.engine.fixed_grids[name] for name in targets):
+            raise OmniformError(f"max_new_tokens does not apply to {', '.join(targets)}, of fixed size: leave it out")
+
+    def _parse(self, prompt: object) -> tuple[ContentPart, ...]:
+        parts = parse_prompt(prompt)
+        for part in parts:
+            self._require(part.modality, "in the prompt")
+        return parts
+
+    def _require(self, modality: str, where: str) -> None:
+        if modality not in self.modalities:
+            raise OmniformError(f"modality {modality!r} {where}, but this model has {', '.join(self.modalities)}")
+
+    def _session(self, request: Request, *, bounded: bool) -> Session:
+        """Tokenise a request; `bounded`: a number of text tokens that does not fit is an error, not lowered."""
+        context = [self._encode(part) for part in request.prompt]
+        dropped = None if request.dropped is None else [self._encode(part) for part in request.dropped]
+        settings = self._fit(max(_n_rows(context), _n_rows(dropped or [])), request, bounded)
+        return Session(context, dropped, settings, request.seed, request.sample)
+
+    def _fit(self, n_context: int, request: Request, bounded: bool) -> dict[str, SamplingSettings]:
+        """Bound the text to be generated by the room that `n_context` rows of prompt leave."""
+        settings, grids = dict(request.settings), self.engine.fixed_grids
+        fixed = sum(1 + math.prod(grid) for name in request.to if (grid := grids[name]) is not None)
+        free = [name for name in request.to if grids[name] is None]
+        room = self.max_sequence_length - n_context - fixed
+        per_span = room // len(free) - 2 if free else 0  # a begin marker and an end each
+        wanted = max((settings[name].max_new_tokens for name in free), default=0)
+        if room < 0 or (free and (per_span < 1 or (bounded and per_span < wanted))):
+            raise OmniformError(
+                f"prompt too long: it takes {n_context} of this model's {self.max_sequence_length} tokens, and the "
+                f"reply takes {fixed + len(free) * ((wanted if bounded else 1) + 2)} or more: shorten the prompt"
+                + (" or lower max_new_tokens" if bounded and free else "")
+            )
+        for name in free:
+            settings[name] = replace(settings[name], max_new_tokens=min(wanted, per_span))
+        return settings
+
+    def _encode(self, part: ContentPart) -> Part:
+        tokenizer = self.tokenizers[part.modality]
+        item = part.data
+        if isinstance(item, Image.Image) and hasattr(tokenizer, "from_pil"):
+            item = tokenizer.from_pil(item)
+        with torch.inference_mode():
+            return Part(part.modality, tokenizer.encode(item), Role.CONTEXT)
+
+
+def _n_rows(parts: Sequence[Part]) -> int:
+    return document_length([(part.modality, len(part.tokens.codes), part.role) for part in parts], {})

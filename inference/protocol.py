@@ -1,0 +1,223 @@
+"""What goes in and what comes out: prompts, requests, events, replies."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from PIL import Image
+
+from omniform.errors import OmniformError
+from omniform.inference.sampling import SamplingSettings
+
+FinishReason = Literal["end", "length"]
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Text.
+
+    Attributes:
+        finish_reason: "end" if the text ended itself, "length" if it was cut at its largest number of tokens.
+    """
+
+    text: str
+    finish_reason: FinishReason = "end"
+    modality: ClassVar[str] = "text"
+
+    @property
+    def data(self) -> str:
+        """The text: what every part calls its contents."""
+        return self.text
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """A picture."""
+
+    image: Image.Image
+    modality: ClassVar[str] = "image"
+
+    @property
+    def data(self) -> Image.Image:
+        """The picture: what every part calls its contents."""
+        return self.image
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """Data of any other modality, in the raw form of its tokenizer."""
+
+    modality: str
+    data: Any
+
+
+ContentPart = TextPart | ImagePart | DataPart
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one prompt was answered with.
+
+    Attributes:
+        parts: in the order in which they were asked for.
+        seed: with the same prompt, settings and model it gives the same reply again.
+    """
+
+    parts: tuple[ContentPart, ...]
+    seed: int
+
+    @property
+    def text(self) -> str:
+        """All text, joined."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """All pictures, in order."""
+        return [part.image for part in self.parts if isinstance(part, ImagePart)]
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """More text of a span. The deltas of a span, joined, are the text of its part.
+
+    Attributes:
+        span: place of the part in the reply.
+        prompt: place of the prompt in a batch.
+    """
+
+    text: str
+    span: int
+    prompt: int = 0
+
+
+@dataclass(frozen=True)
+class SpanProgress:
+    """Steps done of a span that is filled in place."""
+
+    modality: str
+    step: int
+    n_steps: int
+    span: int
+    prompt: int = 0
+
+
+@dataclass(frozen=True)
+class PartDone:
+    """A part of the reply is complete."""
+
+    part: ContentPart
+    span: int
+    prompt: int = 0
+
+
+@dataclass(frozen=True)
+class Done:
+    """A reply is complete: the last event of its prompt."""
+
+    reply: Reply
+    prompt: int = 0
+
+
+Event = TextDelta | SpanProgress | PartDone | Done
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt with everything that decides its reply.
+
+    Attributes:
+        prompt: parts in order; none for an unconditional sample.
+        to: modality of each part to generate, in order.
+        settings: by modality of `to`.
+        dropped: what stands in the prompt's place where guidance drops the condition; None without guidance.
+        seed: see `KeyedDraw`.
+        sample: place among the samples that share the seed.
+    """
+
+    prompt: tuple[ContentPart, ...]
+    to: tuple[str, ...]
+    settings: Mapping[str, SamplingSettings]
+    dropped: tuple[ContentPart, ...] | None
+    seed: int
+    sample: int = 0
+
+
+def parse_prompt(prompt: object) -> tuple[ContentPart, ...]:
+    """Turn what a user gives as one prompt into its parts.
+
+    Args:
+        prompt: a string, a PIL image, a part, a list of these (empty for none), or a chat: a list of
+            {"role": "system" | "user" | "assistant", "content": any of the former}, whose contents are joined in order.
+
+    Raises:
+        OmniformError: anything else, an unknown role, or text without a character.
+    """
+    if isinstance(prompt, list | tuple):
+        messages = [isinstance(item, Mapping) and "role" in item for item in prompt]
+        if any(messages) and not all(messages):
+            raise OmniformError("a prompt mixes chat messages with other parts: give one or the other")
+        return tuple(
+            part for item in prompt for part in (_parse_message(item) if messages[0] else (_parse_item(item),))
+        )
+    return (_parse_item(prompt),)
+
+
+def _parse_message(message: Mapping[str, Any]) -> tuple[ContentPart, ...]:
+    if message["role"] not in _ROLES:
+        raise OmniformError(f"a chat message has role {message['role']!r}, expected one of {', '.join(_ROLES)}")
+    if set(message) != {"role", "content"}:
+        raise OmniformError(f"a chat message has the keys {sorted(map(str, message))}, expected content and role")
+    return parse_prompt(message["content"])
+
+
+def _parse_item(item: object) -> ContentPart:
+    if isinstance(item, TextPart | ImagePart | DataPart):
+        return item
+    if isinstance(item, str):
+        if not item:
+            raise OmniformError("a prompt holds an empty text: give at least one character, or [] for no condition")
+        return TextPart(item)
+    if isinstance(item, Image.Image):
+        return ImagePart(item)
+    if isinstance(item, Mapping) and item.get("type") in ("text", "image") and set(item) == {"type", item["type"]}:
+        return _parse_item(item[item["type"]])
+    raise OmniformError(
+        f"a prompt holds a {type(item).__name__}, expected a string, a PIL image, a part, a list of these, "
+        'or a chat as a list of {"role", "content"}'
+    )
+
+
+def parse_targets(to: str | Sequence[str]) -> tuple[str, ...]:
+    """Turn what a user gives as `to` into modalities in order.
+
+    Raises:
+        OmniformError: neither a name nor a list of names, or an empty list.
+    """
+    names = (to,) if isinstance(to, str) else tuple(to)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise OmniformError(f"to is {to!r}, expected the name of a modality or an ordered list of names")
+    return names
+
+
+def parse_seeds(seed: int | Sequence[int] | None, n_prompts: int, fresh: int) -> list[tuple[int, int]]:
+    """Return (seed, sample) of each prompt of a batch.
+
+    Args:
+        seed: one for all, whose prompts then are samples 0, 1, 2, ... of it; or one per prompt, each its sample 0; or
+            None for `fresh`.
+
+    Raises:
+        OmniformError: not integers in [0, 2**63), or not one per prompt.
+    """
+    if isinstance(seed, list | tuple):
+        if len(seed) != n_prompts:
+            raise OmniformError(f"{len(seed)} seeds for {n_prompts} prompts, expected one seed, or one per prompt")
+        pairs = [(given, 0) for given in seed]
+    else:
+        pairs = [(fresh if seed is None else seed, sample) for sample in range(n_prompts)]
+    for given, _ in pairs:
+        if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < 2**63:
+            raise OmniformError(f"seed is {given!r}, expected an integer in [0, 2**63)")
+    return pairs

@@ -1,0 +1,169 @@
+"""Generation with the cache, in batches, against a slow reference that forwards whole sequences one at a time."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import CODEBOOK, TEXT_SIZE, image_part, text_part
+
+from omniform.inference.cache import KVCache
+from omniform.inference.engine import Engine
+from omniform.inference.sampling import KeyedDraw, SamplingSettings, guide
+from omniform.inference.session import Session
+from omniform.modeling.attention_pattern import AttentionPattern
+from omniform.modeling.model import UnifiedModel
+from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
+from omniform.tokenizers.base import Tokens
+
+GRIDS: dict[str, tuple[int, ...] | None] = {"text": None, "image": (2, 2)}
+CONTEXT_TEXT = st.lists(st.integers(0, TEXT_SIZE - 1), max_size=5).map(lambda codes: text_part(codes, Role.CONTEXT))
+CONTEXT_IMAGE = st.lists(st.integers(0, CODEBOOK - 1), min_size=4, max_size=4).map(
+    lambda codes: image_part(codes, Role.CONTEXT)
+)
+CONTEXTS = st.lists(st.one_of(CONTEXT_TEXT, CONTEXT_IMAGE), max_size=3)
+TARGETS = st.lists(st.sampled_from(["text", "image"]), min_size=1, max_size=3)
+SETTINGS = st.builds(
+    SamplingSettings,
+    max_new_tokens=st.integers(1, 6),
+    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+    top_k=st.sampled_from([None, 3]),
+    top_p=st.sampled_from([None, 0.8]),
+    guidance_scale=st.sampled_from([1.0, 2.5]),
+    steps=st.sampled_from([None, 1, 2, 4]),
+)
+
+
+def reference_logits(model: UnifiedModel, parts: Sequence[Part], target: Part, ids: torch.Tensor) -> torch.Tensor:
+    """Forward a whole document, its last span holding `ids` so far, and return the logits of the step's rows."""
+    vocabulary, objectives = model.vocabulary, model.config.objectives
+    sequence = MultimodalSequence.build([*parts, target], vocabulary, objectives)
+    span, objective = sequence.spans[-1], objectives[target.modality]
+    token_ids = sequence.token_ids.copy()
+    token_ids[span.start : span.start + len(ids)] = ids.numpy()
+    stop = span.start + len(ids)
+    batch = pack([[sequence]], len(sequence), vocabulary)
+    hidden = model.hidden(torch.from_numpy(token_ids)[None], batch.position_ids, batch.pattern)[0]
+    rows = hidden[stop - 1 : stop] if objective.commits else hidden[span.start : stop]
+    return model.logits(rows, vocabulary.target_range(target.modality))
+
+
+@torch.no_grad()
+def reference_generate(
+    model: UnifiedModel,
+    contexts: Sequence[Sequence[Part]],
+    to: Sequence[str],
+    chosen: SamplingSettings,
+    seed: int,
+    earlier_role: Role,
+) -> list[list[int]]:
+    """Generate without cache or batch; earlier spans stand as `earlier_role`: TARGET keeps their noised copies."""
+    vocabulary, objectives = model.vocabulary, model.config.objectives
+    documents = [list(context) for context in contexts]
+    generated = []
+    for number, modality in enumerate(to):
+        grid = GRIDS[modality]
+        shape = grid or (chosen.max_new_tokens,)
+        placeholder = torch.zeros(shape, dtype=torch.int64).flatten()
+        target = Part(modality, Tokens(placeholder, shape), Role.TARGET)
+        objective, ids = objectives[modality], vocabulary.target_range(modality)
+        draw = KeyedDraw(seed, 0, number, chosen)
+        state = objective.begin(len(placeholder), chosen.steps, vocabulary.mask)
+        while not state.done:
+            logits = [reference_logits(model, parts, target, state.token_ids) for parts in documents]
+            guided = logits[0] if len(logits) == 1 else guide(logits[0], logits[1], chosen.guidance_scale)
+            end_id = vocabulary.end if grid is None else None
+            state = objective.step(state, guided, ids.start, end_id, vocabulary.mask, draw)
+        contents = [i for i in state.token_ids.tolist() if i != vocabulary.end]
+        codes = vocabulary.to_codes(modality, torch.tensor(contents, dtype=torch.int64))
+        generated.append(codes.tolist())
+        for parts in documents:
+            parts.append(Part(modality, Tokens(codes, grid or (len(codes),)), earlier_role))
+    return generated
+
+
+def run(engine: Engine, sessions: Sequence[Session], to: Sequence[str]) -> list[list[list[int]]]:
+    for _ in engine.run(sessions, to):
+        pass
+    return [[tokens.codes.tolist() for tokens in session.generated] for session in sessions]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prompts=st.lists(st.tuples(CONTEXTS, SETTINGS, st.integers(0, 2**63 - 1)), min_size=1, max_size=3),
+    to=TARGETS,
+    earlier_role=st.sampled_from([Role.CONTEXT, Role.TARGET]),
+)
+def test_cached_batched_ids_equal_the_uncached_ones(
+    model: UnifiedModel,
+    prompts: list[tuple[list[Part], SamplingSettings, int]],
+    to: list[str],
+    earlier_role: Role,
+) -> None:
+    sessions, expected = [], []
+    for context, chosen, seed in prompts:
+        dropped: list[Part] | None = [] if chosen.guidance_scale != 1 else None
+        sessions.append(Session(context, dropped, dict.fromkeys(to, chosen), seed))
+        branches = [context] if dropped is None else [context, dropped]
+        expected.append(reference_generate(model, branches, to, chosen, seed, earlier_role))
+    assert run(Engine(model, GRIDS), sessions, to) == expected
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(st.one_of(CONTEXT_TEXT, CONTEXT_IMAGE), min_size=1, max_size=4), data=st.data())
+def test_incremental_forward_equals_the_full_one(model: UnifiedModel, parts: list[Part], data: st.DataObject) -> None:
+    sequence = MultimodalSequence.build(parts, model.vocabulary, model.config.objectives)
+    batch = pack([[sequence]], len(sequence), model.vocabulary)
+    cache, found, row = KVCache(), [], 0
+    # Between two rows of a bidirectional block nothing may be cut: the first would miss the second.
+    inside = sequence.bidirectional[1:] & (sequence.block_ids[1:] == sequence.block_ids[:-1])
+    cuts = [row + 1 for row in range(len(sequence) - 1) if not inside[row]]
+    chosen = data.draw(st.sets(st.sampled_from(cuts))) if cuts else set()
+    with torch.no_grad():
+        full = model.hidden(batch.token_ids, batch.position_ids, batch.pattern)
+        for stop in sorted({*chosen, len(sequence)}):
+            rows = slice(row, stop)
+            new = AttentionPattern(*(getattr(batch.pattern, n)[:, rows] for n in batch.pattern.__dataclass_fields__))
+            noise = torch.randint(0, TEXT_SIZE, (1, stop - row))
+            model.hidden(
+                noise, batch.position_ids[:, rows], cache.covering(new), cache
+            )  # leaves no trace: not committed
+            token_ids, position_ids = batch.token_ids[:, rows], batch.position_ids[:, rows]
+            found.append(model.hidden(token_ids, position_ids, cache.covering(new), cache))
+            cache.commit(new)
+            row = stop
+    torch.testing.assert_close(torch.cat(found, dim=1), full, atol=1e-5, rtol=1e-5)
+
+
+def test_a_span_is_committed_whole_and_only_when_something_follows(model: UnifiedModel) -> None:
+    context, chosen = [text_part([1, 2], Role.CONTEXT)], SamplingSettings()
+    prompt_rows, marker, image_rows = 4, 1, 4
+    alone = Session(context, None, {"image": chosen}, seed=0)
+    run(Engine(model, GRIDS), [alone], ["image"])
+    assert alone.branches[0].n_committed == prompt_rows + marker
+    followed = Session(context, None, {"image": chosen}, seed=0)
+    run(Engine(model, GRIDS), [followed], ["image", "image"])
+    assert followed.branches[0].n_committed == prompt_rows + marker + image_rows + marker
+
+
+def test_each_forward_pass_holds_whole_bidirectional_blocks(model: UnifiedModel) -> None:
+    passes: list[torch.Tensor] = []
+    model.decoder.register_forward_hook(lambda _module, args, _output: passes.append(args[1]))
+    context = [image_part([1, 2, 3, 4], Role.CONTEXT), text_part([1], Role.CONTEXT)]
+    run(Engine(model, GRIDS), [Session(context, None, {"image": SamplingSettings(steps=2)}, seed=0)], ["image"])
+    prefill, *steps = [positions.shape[1] for positions in passes]
+    assert prefill == (1 + 4) + (1 + 2) + 1
+    assert steps == [4, 4]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_only_ids_of_the_span_are_generated(model: UnifiedModel, seed: int) -> None:
+    session = Session(
+        [], None, {"text": SamplingSettings(max_new_tokens=9, temperature=3.0), "image": SamplingSettings()}, seed
+    )
+    [[text, image]] = run(Engine(model, GRIDS), [session], ["text", "image"])
+    assert len(text) <= 9
+    assert all(0 <= code < TEXT_SIZE for code in text)
+    assert len(image) == 4
+    assert all(0 <= code < CODEBOOK for code in image)
