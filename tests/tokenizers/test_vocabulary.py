@@ -1,0 +1,100 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from omniform.tokenizers.base import Discrete
+from omniform.tokenizers.vocabulary import N_SPECIAL, Vocabulary, VocabularyError
+
+NAMES = st.lists(st.sampled_from(["image", "speech", "video", "depth"]), unique=True, max_size=4)
+SIZES = st.builds(Discrete, st.integers(1, 40), st.integers(1, 3))
+
+
+@st.composite
+def vocabularies(draw: st.DrawFn) -> Vocabulary:
+    return Vocabulary(draw(st.integers(1, 100)), {name: draw(SIZES) for name in draw(NAMES)})
+
+
+@given(vocabularies())
+def test_codes_and_ids_are_a_bijection_and_ranges_are_disjoint(vocabulary: Vocabulary) -> None:
+    seen: set[int] = {vocabulary.end, vocabulary.pad, vocabulary.mask}
+    seen |= {vocabulary.begin(name) for name in vocabulary.names}
+    assert len(seen) == 3 + len(vocabulary.names)
+    for name in vocabulary.names:
+        size = vocabulary.text_size if name == "text" else len(vocabulary.target_range(name))
+        codes = torch.arange(size)
+        ids = vocabulary.to_ids(name, codes)
+        assert torch.equal(vocabulary.to_codes(name, ids), codes)
+        assert not seen & set(ids.tolist())
+        seen |= set(ids.tolist())
+    assert max(seen) < vocabulary.size
+    assert vocabulary.size == sum(len(vocabulary.target_range(n)) for n in vocabulary.names) + N_SPECIAL - 1
+
+
+@given(vocabularies())
+def test_text_keeps_its_own_ids_and_may_only_end_besides(vocabulary: Vocabulary) -> None:
+    codes = torch.arange(vocabulary.text_size)
+    assert torch.equal(vocabulary.to_ids("text", codes), codes)
+    assert vocabulary.target_range("text").stop - 1 == vocabulary.end == vocabulary.text_size
+
+
+@given(vocabularies(), st.sampled_from(["image", "text"]), st.integers(-5, 5000))
+def test_foreign_codes_and_ids_are_refused(vocabulary: Vocabulary, name: str, number: int) -> None:
+    if name not in vocabulary.names:
+        with pytest.raises(VocabularyError, match="no modality"):
+            vocabulary.to_ids(name, torch.tensor([0]))
+        return
+    size = vocabulary.text_size if name == "text" else len(vocabulary.target_range(name))
+    if not 0 <= number < size:
+        with pytest.raises(VocabularyError, match="expected"):
+            vocabulary.to_ids(name, torch.tensor([number]))
+    first = int(vocabulary.to_ids(name, torch.tensor([0])))
+    if not first <= number < first + size:
+        with pytest.raises(VocabularyError, match="expected those of"):
+            vocabulary.to_codes(name, torch.tensor([number]))
+
+
+@given(vocabularies(), vocabularies())
+def test_records_round_trip_and_hashes_tell_vocabularies_apart(a: Vocabulary, b: Vocabulary) -> None:
+    assert Vocabulary.from_json(json.loads(json.dumps(a.to_json()))) == a
+    same = a.text_size == b.text_size and list(a.modalities.items()) == list(b.modalities.items())
+    assert (a == b) == same
+    assert (a.digest() == b.digest()) == same
+
+
+@pytest.mark.parametrize("change", ["text_size", "modalities", "sha256", "missing"])
+def test_an_edited_record_is_refused(change: str) -> None:
+    record = Vocabulary(50, {"image": Discrete(8)}).to_json()
+    if change == "missing":
+        del record["text_size"]
+    else:
+        record[change] = {"text_size": 51, "modalities": {"image": {"vocab_size": 9}}, "sha256": "0" * 64}[change]
+    with pytest.raises(VocabularyError, match=r"lacks or misnames|hashes to"):
+        Vocabulary.from_json(record)
+
+
+def test_the_hash_of_a_given_layout_never_changes() -> None:
+    """Stored models carry this hash: a change of layout must be a new format version, not a silent one."""
+    digest = Vocabulary(1000, {"image": Discrete(64)}).digest()
+    assert digest == "350d2d5f79fb90dc5188a596638f66af32c988a84a6cd3b4069c6463ff7841f5"
+
+
+def test_every_id_has_a_readable_name() -> None:
+    vocabulary = Vocabulary(10, {"image": Discrete(4)})
+    names = [vocabulary.describe(i) for i in range(vocabulary.size)]
+    assert len(set(names)) == vocabulary.size
+    assert names[3] == "text[3]"
+    assert names[10] == "<end>"
+    assert names[-1] == "image[3]"
+
+
+@pytest.mark.parametrize(
+    "modalities", [{"text": Discrete(3)}, {"image": Discrete(0)}, {f"m{i}": Discrete(1) for i in range(61)}]
+)
+def test_impossible_vocabularies_are_refused(modalities: dict[str, Discrete]) -> None:
+    with pytest.raises(VocabularyError):
+        Vocabulary(10, modalities)
+    with pytest.raises(VocabularyError, match="at least 1"):
+        Vocabulary(0, {})
