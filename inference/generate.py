@@ -1,5 +1,6 @@
 """The public face of generation: `load` a model folder, then `generate`, `generate_batch` or `stream`."""
 
+import json
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from omniform.errors import OmniformError
@@ -32,12 +35,25 @@ from omniform.inference.protocol import (
 )
 from omniform.inference.sampling import SamplingSettings, sampling_settings
 from omniform.inference.session import Session
+from omniform.modeling.config import parse_config
 from omniform.modeling.folder import LoadedModel, load_model_folder
 from omniform.modeling.sequence import Part, Role, document_length
 from omniform.tokenizers.base import Tokens
 
-DEFAULT_MAX_SEQUENCE_LENGTH = 1024
 SESSIONS_AT_ONCE = 128
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class GenerationConfig:
+    """What a model folder's generation_config.json holds.
+
+    Attributes:
+        max_sequence_length: most rows of prompt and reply together, markers included; as long as in training.
+        modalities: settings that hold where a call gives none.
+    """
+
+    max_sequence_length: int = Field(default=1024, ge=1)
+    modalities: dict[str, SamplingSettings] = Field(default_factory=dict)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> "Model":
@@ -68,19 +84,14 @@ class Model:
         self.network, self.tokenizers = loaded.model.to(device).eval(), loaded.tokenizers
         grids = {name: tokenizer.fixed_grid for name, tokenizer in self.tokenizers.items()}
         self.engine = Engine(self.network, grids)
-        config = dict(loaded.generation_config)
-        self.max_sequence_length = int(config.pop("max_sequence_length", DEFAULT_MAX_SEQUENCE_LENGTH))
-        defaults = config.pop("modalities", {})
-        if config or set(defaults) - set(self.modalities):
-            unknown = [*config, *(f"modalities.{name}" for name in set(defaults) - set(self.modalities))]
+        config = parse_config(GenerationConfig, json.dumps(loaded.generation_config), source="generation_config.json")
+        if unknown := set(config.modalities) - set(self.modalities):
             raise OmniformError(
-                f"generation_config.json has unknown keys {unknown}, expected max_sequence_length and modalities, "
-                f"which holds settings for {', '.join(self.modalities)}"
+                f"generation_config.json has settings for {', '.join(sorted(unknown))}, but this model has "
+                f"{', '.join(self.modalities)}"
             )
-        self.defaults = {
-            name: sampling_settings(f"generation_config.json, {name}", **defaults.get(name, {}))
-            for name in self.modalities
-        }
+        self.max_sequence_length = config.max_sequence_length
+        self.defaults = {name: config.modalities.get(name, SamplingSettings()) for name in self.modalities}
 
     @property
     def modalities(self) -> tuple[str, ...]:

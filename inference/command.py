@@ -1,0 +1,136 @@
+"""What `omniform generate` does: prompt parts from the command line in, text and files out."""
+
+import mimetypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from omniform.errors import OmniformError
+from omniform.inference.generate import Model, load
+from omniform.inference.protocol import ContentPart, DataPart, ImagePart, TextPart
+
+_MODALITY_OF_MEDIA = {"text": "text", "image": "image", "audio": "speech", "video": "video"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One generated part, as the command line shows it.
+
+    Attributes:
+        text: the text, or None for a part that only a file holds.
+        path: the file that was written, if any.
+        sample: which of the samples that were asked for it belongs to.
+        seed: what the run can be repeated with.
+    """
+
+    modality: str
+    text: str | None
+    path: Path | None
+    sample: int
+    seed: int
+
+
+def generate_files(
+    folder: Path,
+    prompt: Sequence[str],
+    to: Sequence[str] = ("text",),
+    out: Path | None = None,
+    seed: int | None = None,
+    n: int = 1,
+    **keywords: Any,
+) -> list[Output]:
+    """Generate from a model folder, writing what is not text (and text too, if `out` is given for it alone) to files.
+
+    Args:
+        prompt: parts in order: text, or @file, or @@text for text that starts with an at sign.
+        out: file to write; with several files a number is put before its suffix. Pictures go to omniform-SEED.png in
+            the current folder unless given.
+        n: number of samples.
+
+    Raises:
+        OmniformError: a part, file or keyword that cannot be used; checked before anything is generated.
+    """
+    if n < 1:
+        raise OmniformError(f"n is {n}, expected at least 1 sample")
+    if out is not None:
+        _check_destination(out, to)
+    model = load(folder)
+    parts = [read_argument(argument, model) for argument in prompt]
+    replies = model.generate_batch([parts] * n, to, seed=seed, **keywords)
+    found = [(sample, part) for sample, reply in enumerate(replies) for part in reply.parts]
+    to_files = [place for place, (_, part) in enumerate(found) if not isinstance(part, TextPart)]
+    if not to_files and out is not None:
+        to_files = list(range(len(found)))
+    target = out or Path(f"omniform-{replies[0].seed}.png")
+    outputs = []
+    for place, (sample, part) in enumerate(found):
+        path = None
+        if place in to_files:
+            number = to_files.index(place)
+            path = target if len(to_files) == 1 else target.with_name(f"{target.stem}-{number}{target.suffix}")
+            _write(part, path)
+        text = part.text if isinstance(part, TextPart) else None
+        outputs.append(Output(part.modality, text, path, sample, replies[sample].seed))
+    return outputs
+
+
+def read_argument(argument: str, model: Model) -> ContentPart:
+    """Turn one PROMPT argument into a part.
+
+    Raises:
+        OmniformError: a file that is missing, unreadable, or of a kind that the model does not take.
+    """
+    if not argument.startswith("@"):
+        return TextPart(argument)
+    if argument.startswith("@@"):
+        return TextPart(argument[1:])
+    path = Path(argument[1:])
+    media = (mimetypes.guess_type(path.name)[0] or "unknown").partition("/")[0]
+    modality = _MODALITY_OF_MEDIA.get(media)
+    if modality not in model.modalities:
+        raise OmniformError(
+            f"{argument}: {path.suffix or 'a name without suffix'} is no kind of file that this model takes: expected "
+            f"one of {', '.join(model.modalities)}; write @@ for text that starts with an at sign"
+        )
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise OmniformError(
+            f"{argument}: cannot read the file {path}: {error.strerror}; expected a readable file, or @@ for text that "
+            "starts with an at sign"
+        ) from error
+    try:
+        item = model.tokenizers[modality].read(payload)
+    except OmniformError as error:
+        raise OmniformError(f"{argument}: {error}") from error
+    return TextPart(item) if modality == "text" else DataPart(modality, item)
+
+
+def _check_destination(out: Path, to: Sequence[str]) -> None:
+    if not out.parent.is_dir():
+        raise OmniformError(f"--out {out}: there is no folder {out.parent}; create it first")
+    if out.is_dir():
+        raise OmniformError(f"--out {out} is a folder, expected the name of a file")
+    if "image" in to and out.suffix.lower() not in Image.registered_extensions():
+        raise OmniformError(f"--out {out}: {out.suffix or 'no suffix'} is no picture format; use .png, .jpg or .webp")
+
+
+def _write(part: ContentPart, path: Path) -> None:
+    """Write beside the destination and rename, so that no half-written file is left behind."""
+    draft = path.with_name(f".{path.name}.draft{path.suffix}")
+    try:
+        if isinstance(part, TextPart):
+            draft.write_text(part.text + "\n", encoding="utf-8")
+        elif isinstance(part, ImagePart):
+            part.image.save(draft)
+        else:
+            raise OmniformError(f"a {part.modality} part cannot be written to a file")
+        os.replace(draft, path)
+    except OSError as error:
+        raise OmniformError(f"cannot write {path}: {error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
