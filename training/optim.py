@@ -1,0 +1,88 @@
+"""AdamW that also keeps the average of the weights, its parameter groups, and the learning rate over the steps."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omniform.training.config import OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Return the learning rate of `step` in [0, steps).
+
+    Linear rise over `warmup_steps`, reaching `lr` with its last step; then cosine decay to the final rate, or constant
+    and a linear decay over the last `decay_fraction` of all steps.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    final = config.final_lr_fraction
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
+        return config.lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+    decay_steps = min(steps - config.warmup_steps, max(1, round(config.decay_fraction * steps)))
+    progress = max(0.0, (step - (steps - decay_steps)) / decay_steps)
+    return config.lr * (1 - (1 - final) * progress)
+
+
+class AveragingAdamW(torch.optim.AdamW):
+    """torch's fused AdamW whose state holds, beside the moments, the moving average of the weights.
+
+    As optimizer state the average is sharded, stored and restored exactly as the moments are, at every ZeRO stage;
+    a skipped step leaves it alone.
+    """
+
+    def __init__(self, module: nn.Module, config: OptimConfig) -> None:
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        self.ema_decay = config.ema_decay
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """Names of the state kept per parameter, each of the parameter's shape."""
+        return MOMENTS if self.ema_decay is None else (*MOMENTS, EMA)
+
+    @property
+    def n_updates(self) -> int:
+        """Updates made so far: the exponent of the bias correction, one number for all parameters."""
+        return int(next(iter(self.state.values()))["step"])
+
+    @n_updates.setter
+    def n_updates(self, value: int) -> None:
+        for state in self.state.values():
+            state["step"].fill_(value)
+
+    def initialise_state(self, parameters: Iterable[Tensor]) -> None:
+        """Create the state of `parameters` before the first step, as torch would at it; the average is a copy."""
+        for p in parameters:
+            self.state[p]["step"] = torch.zeros((), device=p.device)
+            for key in MOMENTS:
+                self.state[p][key] = torch.zeros_like(p)
+            if self.ema_decay is not None:
+                self.state[p][EMA] = p.detach().clone()
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, and its average."""
+        super().step(closure)
+        if self.ema_decay is None:
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p][EMA].lerp_(p, 1 - self.ema_decay)

@@ -1,0 +1,59 @@
+"""One optimizer step: every micro-batch of every rank as if it were one batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omniform.errors import OmniformError
+from omniform.training.engine import Engine, Update
+from omniform.training.task import MicroBatch, Task
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        loss_sums: this rank's loss sum per term, in the order of `task.term_weights`, on the engine's device.
+        counts: count per term over all ranks, in the same order.
+        n_tokens: over all ranks.
+        stop: whether any rank asked to stop.
+    """
+
+    update: Update
+    loss_sums: Tensor
+    counts: Tensor
+    n_tokens: float
+    stop: bool
+
+
+def train_step(engine: Engine, task: Task, batches: list[MicroBatch], lr: float, *, stop: bool = False) -> StepResult:
+    """Run forward and backward passes of this rank's `batches` and the optimizer step that all ranks share.
+
+    Each term's loss sum is divided by its count over all ranks and micro-batches, so the gradient is that of one big
+    batch however its items are spread. The engine averages over ranks, hence the factor world size.
+
+    Args:
+        stop: this rank's wish to end; carried to all ranks in the same message as the counts.
+    """
+    terms = task.term_weights
+    if len(batches) != engine.accumulation:
+        raise OmniformError(f"the task gave {len(batches)} micro-batches, expected {engine.accumulation} on every rank")
+    local = [sum(batch.counts[term] for batch in batches) for term in terms]
+    message = torch.tensor([*local, sum(b.n_tokens for b in batches), stop], dtype=torch.float64)
+    *counts, n_tokens, n_stop = engine.sum_over_ranks(message).tolist()
+
+    loss_sums = torch.zeros(len(terms), device=engine.device)
+    for batch in batches:
+        losses = engine.forward(batch.inputs)
+        if list(losses) != list(terms):
+            raise OmniformError(f"the module returned losses {list(losses)}, expected {list(terms)} in this order")
+        total = torch.zeros((), device=engine.device)
+        for (term, weight), count in zip(terms.items(), counts, strict=True):
+            scale = weight * engine.world_size / count if count else 0.0
+            # A term that is absent everywhere stays in the graph, so that all ranks run the same backward pass.
+            total = total + torch.where(torch.tensor(count > 0, device=engine.device), losses[term] * scale, 0.0)
+        engine.backward(total)
+        loss_sums += torch.stack([losses[term].detach().float() for term in terms])
+    return StepResult(engine.step(lr), loss_sums, torch.tensor(counts, dtype=torch.float64), n_tokens, n_stop > 0)
