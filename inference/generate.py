@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from omniform.errors import OmniformError
@@ -33,27 +31,15 @@ from omniform.inference.protocol import (
     parse_seeds,
     parse_targets,
 )
-from omniform.inference.sampling import SamplingSettings, sampling_settings
+from omniform.inference.sampling import sampling_settings
 from omniform.inference.session import Session
 from omniform.modeling.config import parse_config
 from omniform.modeling.folder import LoadedModel, load_model_folder
+from omniform.modeling.generation_config import GenerationConfig, SamplingSettings
 from omniform.modeling.sequence import Part, Role, document_length
 from omniform.tokenizers.base import Tokens
 
 SESSIONS_AT_ONCE = 128
-
-
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class GenerationConfig:
-    """What a model folder's generation_config.json holds.
-
-    Attributes:
-        max_sequence_length: most rows of prompt and reply together, markers included; as long as in training.
-        modalities: settings that hold where a call gives none.
-    """
-
-    max_sequence_length: int = Field(default=1024, ge=1)
-    modalities: dict[str, SamplingSettings] = Field(default_factory=dict)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> "Model":

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from PIL import Image
 
 from omniform.errors import OmniformError
-from omniform.inference.sampling import SamplingSettings
+from omniform.modeling.generation_config import SamplingSettings
 
 FinishReason = Literal["end", "length"]
 _ROLES = ("system", "user", "assistant")

@@ -4,33 +4,12 @@ import math
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import ConfigDict, Field, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import ValidationError
 from torch import Tensor
 
 from omniform.errors import OmniformError
 from omniform.kernels.keyed_noise import keyed_gumbel, stream
-
-
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class SamplingSettings:
-    """How the spans of one modality are sampled.
-
-    Attributes:
-        max_new_tokens: most tokens of a span of free length, its end included; spans of fixed length ignore it.
-        temperature: logits are divided by it; 0 takes the likeliest token and draws no noise at all.
-        top_k: only the k likeliest tokens may be chosen; None for all.
-        top_p: only the smallest set of likeliest tokens that holds this much probability; None for all.
-        guidance_scale: classifier-free guidance, see `guide`; 1 for none.
-        steps: forward passes for a span that is filled in place; None for the objective's own number.
-    """
-
-    max_new_tokens: int = Field(default=128, ge=1)
-    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=1)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    guidance_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    steps: int | None = Field(default=None, ge=1)
+from omniform.modeling.generation_config import SamplingSettings
 
 
 def sampling_settings(source: str, **values: object) -> SamplingSettings:

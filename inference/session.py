@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from omniform.inference.sampling import KeyedDraw, SamplingSettings, guide
+from omniform.inference.sampling import KeyedDraw, guide
+from omniform.modeling.generation_config import SamplingSettings
 from omniform.modeling.objectives.base import Objective, SpanState
 from omniform.modeling.sequence import MultimodalSequence, Part, Role
 from omniform.tokenizers.base import Tokens

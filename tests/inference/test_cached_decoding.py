@@ -10,9 +10,10 @@ from strategies import CODEBOOK, TEXT_SIZE, image_part, text_part
 
 from omniform.inference.cache import KVCache
 from omniform.inference.engine import Engine
-from omniform.inference.sampling import KeyedDraw, SamplingSettings, guide
+from omniform.inference.sampling import KeyedDraw, guide
 from omniform.inference.session import Session
 from omniform.modeling.attention_pattern import AttentionPattern
+from omniform.modeling.generation_config import SamplingSettings
 from omniform.modeling.model import UnifiedModel
 from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
 from omniform.tokenizers.base import Tokens

@@ -11,9 +11,9 @@ from PIL import Image
 from omniform.errors import OmniformError
 from omniform.inference.generate import Model
 from omniform.inference.protocol import Done, Event, ImagePart, PartDone, Reply, SpanProgress, TextDelta, TextPart
-from omniform.inference.sampling import SamplingSettings
 from omniform.inference.session import Session
 from omniform.modeling.folder import LoadedModel
+from omniform.modeling.generation_config import SamplingSettings
 
 PICTURE = Image.new("L", (2, 2), 200)
 PROMPTS: list[Any] = ["a seven", PICTURE, [], ["x", PICTURE, "yz"], [{"role": "user", "content": "four"}]]

@@ -15,7 +15,6 @@ from transformers import (
 from omniform.errors import OmniformError
 from omniform.inference.sampling import (
     KeyedDraw,
-    SamplingSettings,
     choose,
     guide,
     keep_top_k,
@@ -24,6 +23,7 @@ from omniform.inference.sampling import (
     truncated_log_probs,
 )
 from omniform.kernels.keyed_noise import keyed_gumbel
+from omniform.modeling.generation_config import SamplingSettings
 
 NO_IDS = torch.zeros(3, 0, dtype=torch.int64)
 

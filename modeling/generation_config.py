@@ -1,0 +1,40 @@
+"""What a model folder's generation_config.json holds: how to sample where a call does not say."""
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SamplingSettings:
+    """How the spans of one modality are sampled.
+
+    Attributes:
+        max_new_tokens: most tokens of a span of free length, its end included; spans of fixed length ignore it.
+        temperature: logits are divided by it; 0 takes the likeliest token and draws no noise at all.
+        top_k: only the k likeliest tokens may be chosen; None for all.
+        top_p: only the smallest set of likeliest tokens that holds this much probability; None for all.
+        guidance_scale: classifier-free guidance, `uncond + scale * (cond - uncond)` on logits; 1 for none.
+        steps: forward passes for a span that is filled in place; None for the objective's own number.
+    """
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    guidance_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    steps: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GenerationConfig:
+    """Defaults of generation.
+
+    Attributes:
+        max_sequence_length: most rows of prompt and reply together, markers included; as long as in training.
+        modalities: settings by modality; what is not named has the defaults of `SamplingSettings`.
+    """
+
+    max_sequence_length: int = Field(default=1024, ge=1)
+    modalities: dict[str, SamplingSettings] = Field(default_factory=dict)
