@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from omniform.errors import OmniformError
-from omniform.inference.generate import Model, load
+from omniform.inference.generate import Model
 from omniform.inference.protocol import ContentPart, DataPart, ImagePart, TextPart
 
 _MODALITY_OF_MEDIA = {"text": "text", "image": "image", "audio": "speech", "video": "video"}
@@ -35,7 +35,7 @@ class Output:
 
 
 def generate_files(
-    folder: Path,
+    model: Model,
     prompt: Sequence[str],
     to: Sequence[str] = ("text",),
     out: Path | None = None,
@@ -43,7 +43,7 @@ def generate_files(
     n: int = 1,
     **keywords: Any,
 ) -> list[Output]:
-    """Generate from a model folder, writing what is not text (and text too, if `out` is given for it alone) to files.
+    """Generate, writing pictures to files, and text too if nothing else was asked for and `out` is given.
 
     Args:
         prompt: parts in order: text, or @file, or @@text for text that starts with an at sign.
@@ -58,7 +58,6 @@ def generate_files(
         raise OmniformError(f"n is {n}, expected at least 1 sample")
     if out is not None:
         _check_destination(out, to)
-    model = load(folder)
     parts = [read_argument(argument, model) for argument in prompt]
     replies = model.generate_batch([parts] * n, to, seed=seed, **keywords)
     found = [(sample, part) for sample, reply in enumerate(replies) for part in reply.parts]

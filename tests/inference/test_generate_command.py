@@ -1,0 +1,103 @@
+"""`omniform generate`: what its arguments mean, which files it writes, and what it says of those it cannot use."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from omniform.errors import OmniformError
+from omniform.inference.command import generate_files, read_argument
+from omniform.inference.generate import Model
+from omniform.inference.protocol import DataPart, TextPart
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "seven.png"
+    Image.new("L", (2, 2), 200).save(path)
+    return path
+
+
+def test_text_at_signs_and_files(omni: Model, tmp_path: Path, picture: Path) -> None:
+    (tmp_path / "note.txt").write_text("a seven")
+    assert read_argument("a seven", omni) == TextPart("a seven")
+    assert read_argument("@@home", omni) == TextPart("@home")
+    assert read_argument(f"@{tmp_path / 'note.txt'}", omni) == TextPart("a seven")
+    part = read_argument(f"@{picture}", omni)
+    assert isinstance(part, DataPart)
+    assert part.modality == "image"
+
+
+def test_a_file_prompts_as_its_picture_does(omni: Model, picture: Path) -> None:
+    [output] = generate_files(omni, ["what is", f"@{picture}"], seed=4)
+    assert output.text == omni.generate(["what is", Image.open(picture)], seed=4).text
+    assert (output.modality, output.path, output.sample, output.seed) == ("text", None, 0, 4)
+
+
+def test_pictures_go_to_out_and_text_does_not(omni: Model, tmp_path: Path) -> None:
+    out = tmp_path / "drawn.png"
+    text, image = generate_files(omni, ["seven"], ["text", "image"], out, seed=1)
+    assert (text.path, image.path) == (None, out)
+    assert Image.open(out).tobytes() == omni.generate("seven", ["text", "image"], seed=1).images[0].tobytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["drawn.png"]
+
+
+def test_several_pictures_are_numbered(omni: Model, tmp_path: Path) -> None:
+    outputs = generate_files(omni, ["seven"], ["image"], tmp_path / "a.png", seed=1, n=3)
+    assert [output.path for output in outputs] == [tmp_path / f"a-{number}.png" for number in range(3)]
+    replies = omni.generate_batch([["seven"]] * 3, "image", seed=1)
+    assert [Image.open(o.path).tobytes() for o in outputs if o.path] == [r.images[0].tobytes() for r in replies]
+
+
+def test_text_alone_goes_to_out_if_it_is_given(omni: Model, tmp_path: Path) -> None:
+    [output] = generate_files(omni, ["seven"], out=tmp_path / "a.txt", seed=1)
+    assert (tmp_path / "a.txt").read_text() == f"{output.text}\n"
+
+
+def test_without_out_a_picture_goes_to_the_current_folder(
+    omni: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    generate_files(omni, ["seven"], ["image"], seed=12)
+    assert [path.name for path in tmp_path.iterdir()] == ["omniform-12.png"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("@missing.png", r"@missing\.png: cannot read the file .*No such file"),
+        ("@folder.png", "cannot read the file"),
+        ("@broken.png", r"@broken\.png: 3 bytes are not a PNG"),
+        ("@sound.wav", r"\.wav is no kind of file that this model takes: expected one of text, image"),
+        ("@noname", "a name without suffix is no kind of file"),
+        ("@", "no kind of file.*write @@ for text"),
+    ],
+)
+def test_unusable_files_are_named(
+    omni: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"xyz")
+    (tmp_path / "sound.wav").write_bytes(b"RIFF")
+    with pytest.raises(OmniformError, match=message):
+        generate_files(omni, ["a", argument])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"n": 0}, "n is 0, expected at least 1"),
+        ({"to": ["image"], "out": "nowhere/a.png"}, "there is no folder"),
+        ({"to": ["image"], "out": "."}, "is a folder"),
+        ({"to": ["image"], "out": "a.sevn"}, r"\.sevn is no picture format"),
+        ({"to": ["image"], "temperature": -1}, "temperature is -1"),
+    ],
+)
+def test_bad_options_write_nothing(omni: Model, tmp_path: Path, keywords: dict[str, Any], message: str) -> None:
+    if "out" in keywords:
+        keywords = {**keywords, "out": tmp_path / keywords["out"]}
+    with pytest.raises(OmniformError, match=message):
+        generate_files(omni, ["a"], **keywords)
+    assert list(tmp_path.iterdir()) == []
