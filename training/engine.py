@@ -45,14 +45,15 @@ class Engine:
     """
 
     def __init__(self, module: nn.Module, config: FitConfig) -> None:
-        deepspeed = _import_deepspeed()
+        self._library = deepspeed = _import_deepspeed()
         self.device = join_process_group()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.accumulation = config.accumulation(self.world_size)
         self.stage, self.precision = config.engine.zero_stage, resolve_precision(config)
         self._module, self._optim = module, config.optim
-        self._names = {name: p for name, p in module.named_parameters()}
+        self._names = dict(module.named_parameters())
+        self._shapes = {name: tuple(p.shape) for name, p in self._names.items()}
         self._optimizer = AveragingAdamW(module, config.optim)
         self._deepspeed, *_ = deepspeed.initialize(
             model=_Autocast(module, self.device.type, enabled=self.precision != "fp32"),
@@ -133,6 +134,10 @@ class Engine:
     def n_updates(self, value: int) -> None:
         self._optimizer.n_updates = value
 
+    def shapes(self, key: str = WEIGHTS) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor that `read` yields, without collecting any."""
+        return {n: self._shapes[n] for n, p in self._names.items() if p.requires_grad or key == WEIGHTS}
+
     def read(self, key: str = WEIGHTS) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full fp32 tensor on the CPU) of every parameter that has `key`; every rank must iterate.
 
@@ -159,8 +164,8 @@ class Engine:
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the module's persistent buffers by name; not copies."""
-        parameters = self._names.keys()
-        return {name: t for name, t in self._module.state_dict(keep_vars=True).items() if name not in parameters}
+        state = self._module.state_dict(keep_vars=True)
+        return {name: t for name, t in state.items() if not isinstance(t, nn.Parameter)}
 
     def _read(self, p: Tensor, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -196,14 +201,14 @@ class Engine:
                 safe_set_local_optimizer_state(p, part, key)
 
     def _gathered(self, p: Tensor) -> Any:
-        from deepspeed.zero import GatheredParameters
-
-        return GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3)
+        return self._library.zero.GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3)
 
     # Words between ranks
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Return the sum of a small CPU tensor over ranks, on the CPU."""
+        if self.world_size == 1:
+            return values.cpu()
         values = values.to(self.device, copy=True)
         dist.all_reduce(values)
         return values.cpu()
@@ -292,8 +297,9 @@ def to_device(inputs: Any, device: torch.device) -> Any:
 def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # torch renamed the collectives that DeepSpeed calls at stage 3.
+    # torch renamed collectives that DeepSpeed calls at stage 3, and parts that it loads with the Muon optimizer.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated", category=DeprecationWarning)
     import deepspeed
 
     # Built with a compiler at first use, and a killed build leaves a lock on which later runs wait for ever.

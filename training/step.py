@@ -51,9 +51,11 @@ def train_step(engine: Engine, task: Task, batches: list[MicroBatch], lr: float,
             raise OmniformError(f"the module returned losses {list(losses)}, expected {list(terms)} in this order")
         total = torch.zeros((), device=engine.device)
         for (term, weight), count in zip(terms.items(), counts, strict=True):
-            scale = weight * engine.world_size / count if count else 0.0
-            # A term that is absent everywhere stays in the graph, so that all ranks run the same backward pass.
-            total = total + torch.where(torch.tensor(count > 0, device=engine.device), losses[term] * scale, 0.0)
+            if count:
+                total = total + losses[term] * (weight * engine.world_size / count)
+            else:
+                # Absent everywhere: it stays in the graph, so that all ranks run the same backward pass, as 0.
+                total = total + torch.where(torch.zeros_like(losses[term], dtype=torch.bool), losses[term], 0.0)
         engine.backward(total)
         loss_sums += torch.stack([losses[term].detach().float() for term in terms])
     return StepResult(engine.step(lr), loss_sums, torch.tensor(counts, dtype=torch.float64), n_tokens, n_stop > 0)
