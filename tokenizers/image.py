@@ -1,0 +1,192 @@
+"""Images <-> a grid of codes of a convolutional autoencoder."""
+
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import numpy as np
+import safetensors
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from safetensors.torch import load, save
+from torch import Tensor
+
+from omniform.tokenizers.base import Discrete, Modality, TokenizerError, Tokens
+from omniform.tokenizers.codecs.quantizers import FSQConfig, QuantizerConfig
+from omniform.tokenizers.folder import read_tokenizer_folder, write_tokenizer_folder
+
+if TYPE_CHECKING:
+    from omniform.tokenizers.codecs.conv import ConvCodec
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 2**26
+_PAYLOAD = "codec.safetensors"
+_CHUNK = 256  # images in one pass of the codec, which bounds memory
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class ImageTokenizerConfig:
+    """Sizes of an image tokenizer.
+
+    Attributes:
+        channels: 1 for grey, 3 for colour.
+        image_size: pixels per side.
+        patch_size: pixels per side of the patches that the first layer reads.
+        widths: channels at each resolution, each half as fine as the one before.
+        n_blocks: residual blocks at each resolution, in encoder and decoder each.
+    """
+
+    channels: Literal[1, 3] = 1
+    image_size: int = Field(default=16, ge=1)
+    patch_size: int = Field(default=2, ge=1)
+    widths: Annotated[tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...], Field(min_length=1)] = (64, 96)
+    n_blocks: int = Field(default=1, ge=1)
+    quantizer: QuantizerConfig = FSQConfig()
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per side of the area that one code stands for."""
+        return int(self.patch_size * 2 ** (len(self.widths) - 1))
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> "ImageTokenizerConfig":
+        if self.image_size % self.downsampling:
+            raise ValueError(
+                f"image_size is {self.image_size}, expected a multiple of {self.downsampling} = patch_size x 2 for "
+                "each width after the first"
+            )
+        return self
+
+    def build(self) -> "ConvCodec":
+        """Return the codec with random weights from torch's generator."""
+        from omniform.tokenizers.codecs.conv import ConvCodec
+
+        return ConvCodec(self.channels, self.patch_size, self.widths, self.n_blocks, self.quantizer.build())
+
+
+class ImageTokenizer(Modality):
+    """A grid of codes per image. An item is a float32 tensor (C, H, W) in [-1, 1] of the config's size.
+
+    Args:
+        codec: of this config; it is put in evaluation mode.
+    """
+
+    kind = "conv_vq"
+    name = "image"
+    grid_rank = 2
+
+    def __init__(self, config: ImageTokenizerConfig, codec: "ConvCodec") -> None:
+        self.config = config
+        self.codec = codec.eval().requires_grad_(False)
+        self.representation = Discrete(codec.quantizer.codebook_size)
+
+    @property
+    def fixed_grid(self) -> tuple[int, int]:
+        """Codes per column and row."""
+        side = self.config.image_size // self.config.downsampling
+        return (side, side)
+
+    @torch.no_grad()
+    def encode_batch(self, items: Sequence[Any]) -> list[Tokens]:
+        """Turn images into codes.
+
+        Raises:
+            TokenizerError: an item has another shape or type, or values outside [-1, 1].
+        """
+        for item in items:
+            self._check_item(item)
+        codes = [self.codec.encode(torch.stack(list(items[i : i + _CHUNK]))) for i in range(0, len(items), _CHUNK)]
+        return [Tokens(grid.flatten(), self.fixed_grid) for chunk in codes for grid in chunk]
+
+    @torch.no_grad()
+    def decode_batch(self, tokens: Sequence[Tokens]) -> list[Float[Tensor, "C H W"]]:
+        """Turn codes into images.
+
+        Raises:
+            TokenizerError: another grid, or a code outside the codebook.
+        """
+        for entry in tokens:
+            self._check_tokens(entry)
+        grids = [entry.codes.view(self.fixed_grid) for entry in tokens]
+        images = [self.codec.decode(torch.stack(grids[i : i + _CHUNK])) for i in range(0, len(grids), _CHUNK)]
+        return [image for chunk in images for image in chunk]
+
+    def read(self, payload: bytes) -> Float[Tensor, "C H W"]:
+        """Decode a PNG, JPEG or WebP file and fit it to the tokenizer, as `from_pil` does.
+
+        Raises:
+            TokenizerError: it is not a whole image of these formats, or has more than MAX_PIXELS pixels.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter
+                image = Image.open(io.BytesIO(payload), formats=FORMATS)
+            too_large = image.width * image.height > MAX_PIXELS
+            if not too_large:
+                image.load()
+        except Exception as error:  # Pillow raises almost any type on hostile bytes
+            raise TokenizerError(f"{len(payload)} bytes are not a whole {', '.join(FORMATS)} image: {error}") from error
+        if too_large:
+            raise TokenizerError(f"an image has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
+        return self.from_pil(image)
+
+    def from_pil(self, image: Image.Image) -> Float[Tensor, "C H W"]:
+        """Turn any image upright, lay it on white where it is transparent, crop it to its central square, and scale it
+        to the tokenizer's size and channels."""
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            shown = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
+        coloured = upright.convert("L" if self.config.channels == 1 else "RGB")
+        size = (self.config.image_size, self.config.image_size)
+        if coloured.size != size:
+            coloured = ImageOps.fit(coloured, size, Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(coloured)).view(*size, self.config.channels)
+        return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+    def to_pil(self, item: Float[Tensor, "C H W"]) -> Image.Image:
+        """Turn an item into an 8-bit image; `from_pil` gives it back to within half a grey level."""
+        levels = ((item.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy())
+
+    def save(self, folder: Path) -> None:
+        """Write the codec's weights and config.json."""
+        plain = TypeAdapter(ImageTokenizerConfig).dump_python(self.config, mode="json")
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.codec.state_dict().items()}
+        write_tokenizer_folder(folder, self.kind, plain, (_PAYLOAD, save(weights)))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        plain, payload = read_tokenizer_folder(folder, cls.kind)
+        try:
+            # As JSON, because only then may a list stand for a tuple.
+            config = TypeAdapter(ImageTokenizerConfig).validate_json(json.dumps(plain))
+            codec = config.build()
+            codec.load_state_dict(load(payload))
+        except (ValidationError, safetensors.SafetensorError, RuntimeError) as error:
+            raise TokenizerError(f"{folder}: config and weights do not make an image tokenizer: {error}") from error
+        return cls(config, codec)
+
+    def _check_item(self, item: object) -> None:
+        expected = (self.config.channels, self.config.image_size, self.config.image_size)
+        if not isinstance(item, Tensor) or item.dtype != torch.float32 or tuple(item.shape) != expected:
+            given = f"{item.dtype} {tuple(item.shape)}" if isinstance(item, Tensor) else type(item).__name__
+            raise TokenizerError(
+                f"an image is {given}, expected float32 {expected}: `read` and `from_pil` make such tensors"
+            )
+        if not (item.abs() <= 1).all():
+            raise TokenizerError(f"an image spans [{item.min()}, {item.max()}], expected finite values in [-1, 1]")
+
+    def _check_tokens(self, tokens: Tokens) -> None:
+        codes, size = tokens.codes, self.codec.quantizer.codebook_size
+        if tuple(tokens.grid) != self.fixed_grid or len(codes) != self.fixed_grid[0] * self.fixed_grid[1]:
+            raise TokenizerError(f"{len(codes)} codes of grid {tokens.grid}, expected the grid {self.fixed_grid}")
+        if not (int(codes.min()) >= 0 and int(codes.max()) < size):
+            raise TokenizerError(f"codes span [{codes.min()}, {codes.max()}], expected [0, {size - 1}]")

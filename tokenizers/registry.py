@@ -1,0 +1,22 @@
+"""The tokenizers that Omniform knows. A new one is a file beside this one and an entry here."""
+
+from pathlib import Path
+
+from omniform.tokenizers.base import Modality, TokenizerError
+from omniform.tokenizers.folder import read_kind
+from omniform.tokenizers.image import ImageTokenizer
+from omniform.tokenizers.text import SentencePieceTokenizer
+
+MODALITIES: dict[str, type[Modality]] = {cls.kind: cls for cls in (SentencePieceTokenizer, ImageTokenizer)}
+
+
+def load_modality(folder: Path) -> Modality:
+    """Read the tokenizer in `folder`, whichever kind it is.
+
+    Raises:
+        TokenizerError: no tokenizer there, an unknown kind, or a damaged file.
+    """
+    kind = read_kind(folder)
+    if kind not in MODALITIES:
+        raise TokenizerError(f"{folder} holds a tokenizer of kind {kind!r}, expected one of {sorted(MODALITIES)}")
+    return MODALITIES[kind].load(folder)
