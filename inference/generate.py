@@ -244,12 +244,12 @@ class Model:
         requests = []
         for prompt, (own_seed, sample) in zip(prompts, seeds, strict=True):
             parts = self._parse(prompt)
-            if parts == dropped and given.get("guidance_scale", 1) != 1:
+            if not parts and not dropped and given.get("guidance_scale", 1) != 1:
                 raise OmniformError(
                     f"guidance_scale is {given['guidance_scale']}, but the prompt holds no condition that guidance "
                     "could push towards: give a prompt, or guidance_scale=1"
                 )
-            own_dropped = dropped if guided and parts != dropped else None
+            own_dropped = dropped if guided and (parts or dropped) else None
             requests.append(Request(parts, targets, settings, own_dropped, own_seed, sample))
         return requests
 

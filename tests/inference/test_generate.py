@@ -151,7 +151,6 @@ def test_a_default_text_length_yields_to_the_room_left(omni: Model) -> None:
         ("a", {"top_p": 0}, "top_p is 0"),
         ("a", {"temprature": 1}, "unknown setting 'temprature', expected one of .*temperature"),
         ([], {"to": "image", "guidance_scale": 3}, "guidance_scale is 3, but the prompt holds no condition"),
-        ("a", {"to": "image", "guidance_scale": 3, "negative_prompt": "a"}, "no condition"),
         ("a", {"negative_prompt": "b"}, "negative_prompt has no effect at guidance_scale 1"),
         ("a", {"seed": -1}, "seed is -1, expected an integer"),
     ],
