@@ -1,0 +1,322 @@
+"""The `omniform` command. Each body imports what it calls, so that `omniform --help` never waits for torch."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from omniform import __version__
+from omniform.errors import OmniformError
+
+HELP = """One decoder transformer for every modality: tokenizers, training, generation and evaluation.
+
+New here? `omniform demo` trains a small model on handwritten digits from scratch, in minutes, on this machine."""
+
+# What each extra of pyproject.toml brings, for the message when it is not installed.
+EXTRAS = {"sklearn": "demo", "transformers": "interop"}
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Build, check and look at training data.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train and measure the tokenizer of a modality.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in --out and start anew.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
+IndexDir = Annotated[Path | None, typer.Option(help="Where the indexes lie, if not beside the shards.")]
+DataDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards (.tar), or of folders of shards.")]
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a config that Omniform ships.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override the file, e.g. optim.lr=3e-4 steps=200.")
+]
+RunDir = Annotated[
+    Path | None, typer.Option(help="Run folder (default: runs/NAME, with the config's name). A run in it is continued.")
+]
+
+
+def main() -> None:
+    """Run the command line: status 2 and one line for what the user can mend, 130 after Ctrl-C."""
+    try:
+        app(prog_name="omniform")
+    except OmniformError as error:
+        print(f"omniform: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(f"omniform: this needs the {extra!r} extra: pip install 'omniform[{extra}]'", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"omniform {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=HELP)
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take the options before the command."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("runs/demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of going on where --out stands.")] = False,
+    size: Annotated[
+        Literal["full", "tiny"], typer.Option(help="tiny: a few steps of everything, to try out the machinery.")
+    ] = "full",
+) -> None:
+    """Build data, train tokenizers and a model, evaluate them and write a report: from nothing, in minutes.
+
+    Text becomes pictures and pictures become text, with one small transformer trained on real handwritten digits.
+    Every stage that is already done in --out is skipped, so an interrupted demo goes on where it was.
+    """
+    from omniform.demo import run_demo
+
+    run_demo(out, fresh=fresh, size=size)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, e.g. runs/demo/model.")],
+    prompt: Annotated[
+        list[str], typer.Argument(metavar="PROMPT", help="Parts in order: text, or @file; @@ for a literal @.")
+    ],
+    to: Annotated[
+        list[str] | None, typer.Option(help="Modality to generate: text, image. Repeat it for several. (default: text)")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the result; several get numbers.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same result. (default: a new one each time)")] = None,
+    n: Annotated[int, typer.Option(help="Number of samples.")] = 1,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the most likely tokens of this total.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How strongly the prompt counts; 1 is plain.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Refinement steps of a picture.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest text, in tokens.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text or pictures from text, pictures, or both.
+
+    omniform generate runs/demo/model "a handwritten seven" --to image --out seven.png
+
+    omniform generate runs/demo/model @seven.png --to text
+    """
+    from omniform.inference.command import generate_files
+
+    given: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "steps": steps,
+        "max_new_tokens": max_new_tokens,
+    }
+    keywords = {key: value for key, value in given.items() if value is not None}
+    outputs = generate_files(model, prompt, to or ["text"], out, seed, n, **keywords)
+    if as_json:
+        _print_json([vars(output) for output in outputs])
+        return
+    for output in outputs:
+        print(output.text if output.path is None else f"{output.path} (seed {output.seed})")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder.")],
+    data: Annotated[Path, typer.Option(help="World that holds the held-out data.")] = Path("runs/demo/data"),
+    suite: Annotated[Literal["any-to-any"], typer.Option(help="What to measure.")] = "any-to-any",
+    split: Annotated[Literal["validation", "test"], typer.Option(help="Held-out items to prompt with.")] = "test",
+    out: Annotated[Path | None, typer.Option(help="Write metrics.json here, and samples.json beside it.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many items per cell.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Score every direction that the model was trained for, with judges that it never trained with."""
+    from omniform.inference.evaluation import evaluate_any_to_any
+    from omniform.inference.generate import load
+    from omniform.report import cells_as_text
+
+    metrics = evaluate_any_to_any(load(model), data, split=split, seed=seed, limit=limit, out=out)
+    if as_json:
+        _print_json(metrics)
+    else:
+        print(cells_as_text(metrics))
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    out: RunDir = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only forecast parameters, memory, FLOPs, time and disk.")
+    ] = False,
+    fresh: Fresh = False,
+) -> None:
+    """Train a model in one process; the same command continues a run that was stopped.
+
+    omniform train digits steps=200 optim.lr=1e-3 --out runs/try
+    """
+    from omniform.training.run import train as run
+
+    run(_config_file(config), overrides or [], out, dry_run=dry_run, fresh=fresh)
+
+
+@app.command()
+def launch(
+    command: Annotated[list[str], typer.Argument(metavar="-- train CONFIG ...", help="What every process runs.")],
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine.")] = 1,
+    show: Annotated[bool, typer.Option("--print", help="Print what would be run, and run nothing.")] = False,
+) -> None:
+    """Run `omniform train` in several processes of this machine.
+
+    omniform launch --nproc 2 -- train digits --out runs/two
+    """
+    from omniform.training.launcher import launch as run
+
+    raise typer.Exit(run(nproc, command, dry_run=show))
+
+
+@data_app.command("build")
+def data_build(
+    world: Annotated[Literal["digits"], typer.Argument(metavar="WORLD", help="digits: handwritten digits, captioned.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    seed: Seed = 0,
+) -> None:
+    """Build a demo world from what installed packages ship, the same to the byte each time."""
+    from omniform.data.digits import build_digits
+
+    print(build_digits(out, seed=seed))
+
+
+@data_app.command("info")
+def data_info(folder: DataDir, index_dir: IndexDir = None) -> None:
+    """Print what a folder of shards is and holds, as JSON."""
+    from omniform.data.inspect import info
+
+    _print_json(info(folder, index_dir))
+
+
+@data_app.command("verify")
+def data_verify(folder: DataDir, index_dir: IndexDir = None, as_json: Json = False) -> None:
+    """Check every bit against the stored digests; status 1 and the names of shard and sample if one differs."""
+    from omniform.data.verify import verify
+
+    report = verify(folder, index_dir)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        print(report)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@data_app.command("preview")
+def data_preview(
+    folder: DataDir,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
+    n: Annotated[int, typer.Option(min=1, help="Samples of each split.")] = 16,
+    index_dir: IndexDir = None,
+) -> None:
+    """Draw a contact sheet of pictures and captions."""
+    from omniform.data.inspect import preview
+
+    print(preview(folder, out, n, index_dir))
+
+
+@data_app.command("index")
+def data_index(
+    folder: DataDir,
+    index_dir: Annotated[Path | None, typer.Option(help="Write here (default: beside the shards).")] = None,
+) -> None:
+    """Write the index and digests of shards that came from elsewhere, so that they can be trained on."""
+    from omniform.data.index import index_shards
+
+    for path in index_shards(folder, index_dir):
+        print(path)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(config: Config, overrides: Overrides = None, out: RunDir = None, fresh: Fresh = False) -> None:
+    """Fit the tokenizer of one modality; the same command continues a run that was stopped."""
+    from omniform.training.tokenizer_task import train_tokenizer
+
+    print(train_tokenizer(_config_file(config), overrides or [], out, fresh=fresh))
+
+
+@tokenizer_app.command("eval")
+def tokenizer_eval(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Tokenizer folder.")],
+    data: Annotated[Path, typer.Option(help="World that holds the held-out data.")] = Path("runs/demo/data"),
+    split: Annotated[Literal["validation", "test"], typer.Option(help="Held-out items to encode.")] = "test",
+    out: Annotated[Path | None, typer.Option(help="Folder for figures and before/after pictures.")] = None,
+) -> None:
+    """Measure rate and reconstruction: PSNR, SSIM, code use and the judge's accuracy after the round trip."""
+    from omniform.inference.tokenizer_evaluation import evaluate_tokenizer
+
+    _print_json(evaluate_tokenizer(folder, data, split=split, out=out))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="attention, generation")],
+    as_json: Json = False,
+) -> None:
+    """Measure two ways of doing the same work, in turns in one process, and print the ratio of their times.
+
+    The workloads are in benchmarks/ of a source checkout.
+    """
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "paired")
+    if name not in known:
+        where = f"expected one of {', '.join(known)}" if known else "benchmarks/ is only in a source checkout"
+        raise OmniformError(f"no benchmark {name!r}: {where}")
+    import runpy
+
+    sys.path.insert(0, str(folder))
+    result = runpy.run_path(str(folder / f"{name}.py"))["run"]()
+    if as_json:
+        _print_json(result)
+    else:
+        print(result.pop("text"))
+
+
+def _config_file(name: str) -> Path:
+    """Return the file of that name, or else the shipped config of that name."""
+    path = Path(name)
+    if path.suffix or path.exists():
+        return path
+    shipped = Path(__file__).parent / "configs"
+    known = sorted(str(file.relative_to(shipped).with_suffix("")) for file in shipped.rglob("*.yaml"))
+    if name not in known:
+        raise OmniformError(
+            f"no file and no shipped config is named {name!r}: expected a YAML file, or {', '.join(known)}"
+        )
+    return shipped / f"{name}.yaml"
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+if __name__ == "__main__":
+    main()
