@@ -1,0 +1,112 @@
+"""digits-world is deterministic, and what it holds out is held out."""
+
+import io
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from omniform.data.digits import build_digits, load_digit_images
+from omniform.data.schema import DataError
+from omniform.data.shards import ShardReader
+from omniform.data.templates import TEST_TEMPLATES, TRAIN_TEMPLATES, WORDS, render
+
+
+def pixels(payload: bytes | None) -> np.ndarray:
+    """Decode an image member."""
+    return np.asarray(Image.open(io.BytesIO(payload or b"")))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole world, with three copies of each training image."""
+    return build_digits(tmp_path_factory.mktemp("world") / "digits", seed=3, copies=3)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a world."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_same_recipe_gives_the_same_bytes_and_another_seed_does_not(world: Path, tmp_path: Path) -> None:
+    assert contents(build_digits(tmp_path / "again", seed=3, copies=3)) == contents(world)
+    assert contents(build_digits(tmp_path / "other", seed=4, copies=3)) != contents(world)
+
+
+def test_a_finished_world_is_left_alone_and_anything_else_is_refused(world: Path, tmp_path: Path) -> None:
+    before = contents(world)
+    assert build_digits(world, seed=3, copies=3) == world
+    assert contents(world) == before
+    with pytest.raises(DataError, match="remove it or choose another folder"):
+        build_digits(world, seed=5, copies=3)
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(DataError, match="remove it or choose another folder"):
+        build_digits(tmp_path)
+    with pytest.raises(DataError, match="copies is 10"):
+        build_digits(tmp_path / "new", copies=10)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_splits_hold_their_rows_and_templates_only(world: Path) -> None:
+    rows: dict[str, Counter] = {}
+    for split, templates in (("train", TRAIN_TEMPLATES), ("validation", TRAIN_TEMPLATES), ("test", TEST_TEMPLATES)):
+        samples = list(ShardReader(world / split))
+        rows[split] = Counter(sample.metadata["row"] for sample in samples)
+        for sample in samples:
+            digit = sample.metadata["digit"]
+            assert sample.spans[0].text in {render(template, digit) for template in templates}
+            assert sample.spans[0].text == render(sample.metadata["template"], digit)
+    assert rows["train"] == dict.fromkeys(range(1415), 3)
+    assert rows["validation"] == dict.fromkeys(range(1415, 1545), 1)
+    assert rows["test"] == dict.fromkeys(range(1545, 1797), 1)
+    assert not set(TRAIN_TEMPLATES) & set(TEST_TEMPLATES)
+    blocks = {split: {s.metadata["writer_block"] for s in ShardReader(world / split)} for split in rows}
+    assert not blocks["train"] & (blocks["test"] | blocks["validation"])
+
+
+def test_images_are_the_real_ones_and_copies_are_their_one_pixel_moves(world: Path) -> None:
+    images, labels = load_digit_images()
+    assert images.shape == (1797, 16, 16)
+    # Averaging 2 x 2 pixels undoes the enlargement up to bicubic overshoot and rounding: each is its own nearest row.
+    small = images.reshape(1797, 8, 2, 8, 2).mean((2, 4)) * (16 / 255)
+    originals = load_digits()
+    distances = ((small[:50, None] - originals.images[None]) ** 2).sum((2, 3))
+    assert (distances.argmin(1) == np.arange(50)).all()
+    shifts: dict[int, set] = {}
+    for sample in ShardReader(world / "train")[:400]:
+        row, (dx, dy) = sample.metadata["row"], sample.metadata["shift"]
+        assert sample.metadata["digit"] == labels[row] == originals.target[row]
+        original, found = images[row], pixels(sample.spans[1].payload)
+        inner = slice(1, 15)
+        np.testing.assert_array_equal(found[inner, inner], np.roll(original, (dy, dx), (0, 1))[inner, inner])
+        assert (sample.metadata["copy"] == 0) == (dx == dy == 0)
+        shifts.setdefault(row, set()).add((dx, dy))
+    for sample in ShardReader(world / "test"):
+        np.testing.assert_array_equal(pixels(sample.spans[1].payload), images[sample.metadata["row"]])
+
+
+def test_text_pairs_name_one_digit_twice(world: Path) -> None:
+    for split, prompts in (("train-text", TRAIN_TEMPLATES), ("test-text", TEST_TEMPLATES)):
+        samples = list(ShardReader(world / split))
+        pairs = {(s.metadata["digit"], s.metadata["template"], s.metadata["answer"]) for s in samples}
+        assert len(pairs) == len(samples)
+        for sample in samples:
+            digit, prompt, answer = (sample.metadata[key] for key in ("digit", "template", "answer"))
+            assert (prompt in prompts, answer in TRAIN_TEMPLATES) == (True, True)
+            assert [span.text for span in sample.spans] == [render(prompt, digit), render(answer, digit)]
+
+
+@pytest.mark.parametrize("template", TRAIN_TEMPLATES + TEST_TEMPLATES)
+def test_every_caption_names_its_digit_and_no_other(template: str) -> None:
+    for digit in range(10):
+        named = {
+            WORDS.index(w) if w in WORDS else int(w)
+            for w in render(template, digit).split()
+            if w in WORDS or w.isdigit()
+        }
+        assert named == {digit}
+    assert not re.search(r"\ba (eight|8)", render(template, 8))

@@ -1,0 +1,184 @@
+"""Any flipped bit is found and named: the shard, and the sample whose bytes hold it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from omniform.data.digits import build_digits
+from omniform.data.images import MAX_PIXELS, open_image
+from omniform.data.index import index_path
+from omniform.data.inspect import info, preview
+from omniform.data.schema import DataError, RawSample, RawSpan, SampleError
+from omniform.data.sealed import seal, unseal
+from omniform.data.shards import ShardReader, ShardWriter
+from omniform.data.verify import verify
+
+
+def write(folder: Path, n_samples: int = 5) -> Path:
+    """Write two shards of texts."""
+    with ShardWriter(folder, 3) as writer:
+        for i in range(n_samples):
+            writer.write(RawSample(f"k{i}", (RawSpan("text", text=f"text {i}"),), {"n": i}))
+    return folder
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    """Flip one bit of a file in place."""
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+def test_every_flipped_byte_of_a_shard_is_found_and_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert verify(tmp_path).ok
+    shard = tmp_path / "000000.tar"
+    records = ShardReader(tmp_path).shards[0].samples
+    # Every byte of the first sample and of the end-of-archive mark's start, then a stride through the rest.
+    stop = records[-1].offset + records[-1].size
+    positions = [*range(records[0].size), *range(records[0].size, shard.stat().st_size, 13), stop, stop + 1023]
+    for place, position in enumerate(positions):
+        flip(shard, position, place % 8)
+        owners = [r.key for r in records if r.offset <= position < r.offset + r.size]
+        named = [(problem.file, problem.sample) for problem in verify(tmp_path).problems]
+        assert named == [("000000.tar", owners[0] if owners else None)]
+        flip(shard, position, place % 8)
+    assert verify(tmp_path).ok
+
+
+def test_every_flipped_bit_of_an_index_is_found_and_named(tmp_path: Path) -> None:
+    write(tmp_path, 2)
+    path = index_path(tmp_path / "000000.tar")
+    lines = path.read_bytes().split(b"\n")
+    position = 0
+    for line in lines:
+        for _ in range(len(line) + 1):
+            if position == path.stat().st_size:
+                break
+            flip(path, position, position % 8)
+            problems = verify(tmp_path).problems
+            keys = [key for key in ("k0", "k1") if f'"key": "{key}"'.encode() in line]
+            assert [(problem.file, problem.sample) for problem in problems] == [
+                ("000000.tar", keys[0] if keys else None)
+            ]
+            flip(path, position, position % 8)
+            position += 1
+    assert verify(tmp_path).ok
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small digits-world."""
+    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1)
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_flipped_bit_of_a_world_is_found(world: Path, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(sorted(p for p in world.rglob("*") if p.is_file())))
+    position = data.draw(st.integers(0, path.stat().st_size - 1))
+    bit = data.draw(st.integers(0, 7))
+    flip(path, position, bit)
+    try:
+        report = verify(world)
+        shard = path.relative_to(world).as_posix().replace(".index.json", ".tar")
+        assert not report.ok
+        assert shard in {problem.file for problem in report.problems}
+    finally:
+        flip(path, position, bit)
+
+
+def test_an_intact_world_passes_and_every_bit_of_its_manifest_counts(world: Path) -> None:
+    report = verify(world)
+    assert report.ok
+    assert (report.n_shards, report.n_samples) == (5, 1415 + 130 + 252 + 720 + 270)
+    manifest = world / "manifest.json"
+    content = manifest.read_bytes()
+    try:
+        for position in range(len(content)):
+            flip(manifest, position, position % 8)
+            with pytest.raises(DataError, match="damaged"):
+                unseal(manifest, "build again")
+            flip(manifest, position, position % 8)
+    finally:
+        manifest.write_bytes(content)
+
+
+def test_missing_and_foreign_shards_of_a_world_are_named(world: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(world, copy)
+    (copy / "validation" / "000000.tar").unlink()
+    write(copy / "extra")
+    named = {problem.file for problem in verify(copy).problems}
+    assert named == {"validation/000000.tar", "extra/000000.tar", "extra/000001.tar"}
+
+
+def test_a_cut_shard_is_named_with_the_first_sample_it_lost(tmp_path: Path) -> None:
+    write(tmp_path)
+    shard = tmp_path / "000000.tar"
+    record = ShardReader(tmp_path).shards[0].samples[2]
+    shard.write_bytes(shard.read_bytes()[: record.offset])
+    problems = verify(tmp_path).problems
+    assert [(problem.file, problem.sample) for problem in problems] == [("000000.tar", "k2"), ("000000.tar", None)]
+    assert "the last whole sample is k1" in problems[1].message
+
+
+def test_intact_bytes_that_make_no_sample_are_named(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.write(RawSample("k", (RawSpan("image", payload=b"no image", extension="png"),)))
+    problems = verify(tmp_path).problems
+    assert [problem.sample for problem in problems] == ["k"]
+    assert "not a whole PNG" in problems[0].message
+
+
+def test_a_folder_without_shards_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no \.tar shards"):
+        verify(tmp_path)
+    with pytest.raises(DataError, match="is not a folder"):
+        verify(tmp_path / "nowhere")
+
+
+SEALABLE = st.dictionaries(
+    st.text(max_size=4).filter(lambda key: key != "sha256"),
+    st.integers() | st.text(max_size=5) | st.lists(st.dictionaries(st.text(max_size=3), st.integers()), max_size=3),
+    max_size=4,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=SEALABLE, data=st.data())
+def test_sealed_json_opens_only_as_written(tmp_path: Path, content: dict, data: st.DataObject) -> None:
+    path = tmp_path / "sealed.json"
+    path.write_bytes(seal(content))
+    assert unseal(path, "") == content
+    flip(path, data.draw(st.integers(0, path.stat().st_size - 1)), data.draw(st.integers(0, 7)))
+    with pytest.raises(DataError, match="damaged"):
+        unseal(path, "")
+
+
+def test_images_are_bounded_by_their_decoded_size() -> None:
+    # The header alone of a 100000 x 100000 PNG: 33 bytes that would decode to 10 GB.
+    header = bytes.fromhex("89504e470d0a1a0a0000000d49484452000186a0000186a008000000004a7cb4a7")
+    assert MAX_PIXELS < 100_000**2
+    with pytest.raises(SampleError):
+        open_image(header)
+
+
+def test_info_counts_what_was_written_and_preview_draws_it(world: Path, tmp_path: Path) -> None:
+    facts = info(world)
+    assert {name: split["samples"] for name, split in facts["splits"].items()} == json.loads(
+        (world / "manifest.json").read_text()
+    )["samples"]
+    assert facts["splits"]["test"]["spans"] == {"image": 252, "text": 252}
+    assert sum(facts["splits"]["train"]["digits"].values()) == 1415
+    sheet = open_image(preview(world, tmp_path / "sheet.png", n=4).read_bytes())
+    assert sheet.width == 4 * 136 + 8
+    assert sheet.convert("L").getextrema() == (0, 255)
+    with pytest.raises(DataError, match=r"ends in \.png"):
+        preview(world, tmp_path / "sheet.txt")
