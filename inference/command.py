@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from omniform.errors import OmniformError
-from omniform.inference.generate import Model
-from omniform.inference.protocol import ContentPart, DataPart, ImagePart, TextPart
+from omniform.inference.generate import Model, load
+from omniform.inference.protocol import ContentPart, DataPart, ImagePart, TextPart, parse_prompt
 
 _MODALITY_OF_MEDIA = {"text": "text", "image": "image", "audio": "speech", "video": "video"}
 
@@ -35,7 +35,7 @@ class Output:
 
 
 def generate_files(
-    model: Model,
+    model: Model | Path,
     prompt: Sequence[str],
     to: Sequence[str] = ("text",),
     out: Path | None = None,
@@ -46,6 +46,7 @@ def generate_files(
     """Generate, writing pictures to files, and text too if nothing else was asked for and `out` is given.
 
     Args:
+        model: a model, or the folder to load it from.
         prompt: parts in order: text, or @file, or @@text for text that starts with an at sign.
         out: file to write; with several files a number is put before its suffix. Pictures go to omniform-SEED.png in
             the current folder unless given.
@@ -58,6 +59,8 @@ def generate_files(
         raise OmniformError(f"n is {n}, expected at least 1 sample")
     if out is not None:
         _check_destination(out, to)
+    if isinstance(model, Path):
+        model = load(model)
     parts = [read_argument(argument, model) for argument in prompt]
     replies = model.generate_batch([parts] * n, to, seed=seed, **keywords)
     found = [(sample, part) for sample, reply in enumerate(replies) for part in reply.parts]
@@ -83,10 +86,8 @@ def read_argument(argument: str, model: Model) -> ContentPart:
     Raises:
         OmniformError: a file that is missing, unreadable, or of a kind that the model does not take.
     """
-    if not argument.startswith("@"):
-        return TextPart(argument)
-    if argument.startswith("@@"):
-        return TextPart(argument[1:])
+    if not argument.startswith("@") or argument.startswith("@@"):
+        return parse_prompt(argument.removeprefix("@"))[0]
     path = Path(argument[1:])
     media = (mimetypes.guess_type(path.name)[0] or "unknown").partition("/")[0]
     modality = _MODALITY_OF_MEDIA.get(media)
@@ -106,7 +107,7 @@ def read_argument(argument: str, model: Model) -> ContentPart:
         item = model.tokenizers[modality].read(payload)
     except OmniformError as error:
         raise OmniformError(f"{argument}: {error}") from error
-    return TextPart(item) if modality == "text" else DataPart(modality, item)
+    return parse_prompt(item if modality == "text" else DataPart(modality, item))[0]
 
 
 def _check_destination(out: Path, to: Sequence[str]) -> None:

@@ -71,6 +71,8 @@ def test_without_out_a_picture_goes_to_the_current_folder(
         ("@broken.png", r"@broken\.png: 3 bytes are not a PNG"),
         ("@sound.wav", r"\.wav is no kind of file that this model takes: expected one of text, image"),
         ("@noname", "a name without suffix is no kind of file"),
+        ("", "empty text"),
+        ("@empty.txt", "empty text"),
         ("@", "no kind of file.*write @@ for text"),
     ],
 )
@@ -80,6 +82,7 @@ def test_unusable_files_are_named(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "broken.png").write_bytes(b"xyz")
+    (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "sound.wav").write_bytes(b"RIFF")
     with pytest.raises(OmniformError, match=message):
         generate_files(omni, ["a", argument])

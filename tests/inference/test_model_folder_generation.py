@@ -1,0 +1,79 @@
+"""A stored model with the shipped tokenizers generates what it generated before it was stored."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import omniform
+from omniform.inference.command import generate_files
+from omniform.inference.generate import Model, load
+from omniform.modeling.config import DecoderConfig, ModelConfig
+from omniform.modeling.folder import LoadedModel, build_vocabulary, save_model_folder
+from omniform.modeling.model import UnifiedModel
+from omniform.modeling.objectives.masked import Masked
+from omniform.modeling.objectives.next_token import NextToken
+from omniform.tokenizers.base import Modality
+from omniform.tokenizers.codecs.quantizers import FSQConfig
+from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from omniform.tokenizers.text import SentencePieceTokenizer
+
+GENERATION_CONFIG = {"max_sequence_length": 90, "modalities": {"image": {"guidance_scale": 1.5, "steps": 3}}}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
+    """A model of random weights, and the folder that it was stored in."""
+    torch.manual_seed(0)
+    codec = ImageTokenizerConfig(image_size=8, widths=(8, 16), quantizer=FSQConfig(levels=(4, 4)))
+    tokenizers: dict[str, Modality] = {
+        "text": SentencePieceTokenizer.train(["a seven\nthe digit eight\n"] * 9, vocab_size=280),
+        "image": ImageTokenizer(codec, codec.build()),
+    }
+    decoder = DecoderConfig(dim=24, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=32)
+    config = ModelConfig(decoder=decoder, objectives={"text": NextToken(), "image": Masked()})
+    network = UnifiedModel(config, build_vocabulary(tokenizers)).eval()
+    folder = tmp_path_factory.mktemp("stored") / "model"
+    save_model_folder(
+        folder, config, network.state_dict(), tokenizers, generation_config=GENERATION_CONFIG, card="# Random\n"
+    )
+    return Model(LoadedModel(network, tokenizers, GENERATION_CONFIG)), folder
+
+
+def test_a_loaded_model_generates_the_same(stored: tuple[Model, Path]) -> None:
+    before, folder = stored
+    after = omniform.load(folder)
+    prompt = ["a seven like", Image.new("RGB", (30, 20), "navy")]
+    for seed in range(5):
+        ours, theirs = (m.generate(prompt, to=["text", "image"], seed=seed, max_new_tokens=9) for m in (before, after))
+        assert ours.text == theirs.text
+        assert ours.images[0].size == (8, 8)
+        assert ours.images[0].tobytes() == theirs.images[0].tobytes()
+
+
+def test_every_text_of_random_weights_can_be_streamed(stored: tuple[Model, Path]) -> None:
+    for seed in range(20):
+        *events, _, done = stored[0].stream("a seven", seed=seed, temperature=3.0, max_new_tokens=20)
+        assert "".join(event.text for event in events) == done.reply.text
+
+
+def test_the_command_loads_the_folder(stored: tuple[Model, Path], tmp_path: Path) -> None:
+    [output] = generate_files(stored[1], ["a seven"], ["image"], tmp_path / "seven.png", seed=3)
+    assert output.path is not None
+    expected = stored[0].generate("a seven", to="image", seed=3).images[0]
+    assert Image.open(output.path).tobytes() == expected.tobytes()
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(omniform.OmniformError, match=r"no model folder at .*nothing"):
+        load(tmp_path / "nothing")
+
+
+def test_a_changed_generation_config_is_found(stored: tuple[Model, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(stored[1], folder)
+    (folder / "generation_config.json").write_text("{}")
+    with pytest.raises(omniform.OmniformError, match=r"generation_config\.json is damaged"):
+        load(folder)
