@@ -7,11 +7,13 @@ shadow the packages of those names). So the package is copied with its links fol
 the copy, and the contracts of pyproject.toml are checked on that. The exit status is 0 when all of them hold.
 """
 
+import contextlib
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,12 +25,8 @@ def lint(package: Path) -> int:
         shutil.copytree(package, copy, symlinks=False, ignore=shutil.ignore_patterns("__pycache__"))
         for folder in {file.parent for file in copy.rglob("*.py")}:
             (folder / "__init__.py").touch()
-        # -P keeps the repository's root off sys.path, and the copy comes before the installed package.
-        program = (
-            f"import sys; sys.path.insert(0, {scratch!r}); from importlinter.cli import lint_imports_command as c; c()"
-        )
-        command = [sys.executable, "-P", "-c", program, "--config", str(ROOT / "pyproject.toml"), "--no-cache", "--no-logo"]
-        return subprocess.run(command, cwd=scratch, check=False).returncode
+        with contextlib.chdir(scratch):  # the linter looks there before it finds the installed package
+            return lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True)
 
 
 if __name__ == "__main__":

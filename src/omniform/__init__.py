@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 __all__ = ["ImagePart", "Model", "OmniformError", "Reply", "TextPart", "load"]
 
 if TYPE_CHECKING:
+    from omniform.errors import OmniformError
     from omniform.inference.generate import Model, load
     from omniform.inference.protocol import ImagePart, Reply, TextPart
-    from omniform.errors import OmniformError
 
 _HOMES = {
     "load": "omniform.inference.generate",

@@ -1,7 +1,6 @@
 """The `omniform` command. Each body imports what it calls, so that `omniform --help` never waits for torch."""
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -194,7 +193,7 @@ def launch(
     """
     from omniform.training.launcher import launch as run
 
-    raise typer.Exit(run(nproc, command, dry_run=show))
+    raise typer.Exit(run(nproc, command, print_only=show))
 
 
 @data_app.command("build")

@@ -1,0 +1,272 @@
+"""The demo's report: one HTML file that needs nothing else, and the figures as plain text."""
+
+import base64
+import html
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+REPORT = "report.html"
+_N_PER_DIGIT = 6
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --quiet: #5c6570; --paper: #ffffff; --panel: #f4f6f8;
+  --line: #dde2e7; --accent: #2563c9; --right: #1a7f45; --wrong: #c2372b; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --quiet: #9aa4af; --paper: #14171b; --panel: #1d2126;
+  --line: #333a42; --accent: #74a7f7; --right: #53c283; --wrong: #f08379; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.9rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
+p, .note { max-width: 46rem; } .note { color: var(--quiet); font-size: .92rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
+.tile { background: var(--panel); border-radius: .6rem; padding: .8rem 1rem; }
+.tile b { display: block; font-size: 1.7rem; line-height: 1.2; } .tile span { color: var(--quiet); font-size: .88rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--quiet); font-weight: 600; font-size: .88rem; } th:first-child, td:first-child { text-align: left; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .7rem; margin: .5rem 0; }
+figure { margin: 0; padding: .5rem; background: var(--panel); border-radius: .5rem;
+  border-left: 4px solid var(--right); }
+figure.wrong { border-left-color: var(--wrong); }
+figure img { width: 64px; height: 64px; image-rendering: pixelated; display: block; border-radius: .25rem; }
+figcaption { font-size: .82rem; line-height: 1.35; margin-top: .35rem; overflow-wrap: anywhere; }
+figcaption em { font-style: normal; font-weight: 600; color: var(--right); } .wrong em { color: var(--wrong); }
+.wide { max-width: 100%; image-rendering: pixelated; border-radius: .4rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem; }
+svg { width: 100%; height: auto; background: var(--panel); border-radius: .5rem; }
+svg path { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }
+svg line { stroke: var(--line); } svg text { fill: var(--quiet); font: 11px system-ui, sans-serif; }
+svg .title { fill: var(--ink); font-weight: 600; font-size: 12.5px; }
+pre { background: var(--panel); padding: .8rem 1rem; border-radius: .5rem; overflow-x: auto; font-size: .88rem; }
+details summary { cursor: pointer; color: var(--accent); }
+"""
+
+
+def write_report(folder: Path, commands: Sequence[str]) -> Path:
+    """Write report.html from what the demo left in `folder`, and return its path.
+
+    Args:
+        folder: holds metrics.json, samples.json, stages.json, and log.jsonl files and tokenizer figures where there
+            are any.
+        commands: what repeats the run, shown as it is.
+    """
+    metrics, samples = _read_json(folder / "metrics.json"), _read_json(folder / "samples.json")
+    stages = _read_json(folder / "stages.json")
+    sections = [
+        _headline(metrics, stages),
+        _cells(metrics),
+        _samples(samples),
+        _tokenizers(folder),
+        _curves(folder),
+        _stages(stages),
+        f"<h2>How to repeat it</h2><pre>{html.escape(chr(10).join(commands))}</pre>",
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Omniform demo report</title><style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+    )
+    path = folder / REPORT
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def cells_as_text(metrics: Mapping[str, Any]) -> str:
+    """Return the cells of metrics.json as a table for a terminal."""
+    rows = [("cell", "accuracy", "95% interval", "n", "chance", "ceiling", "of ceiling", "copies (real held-out)")]
+    rows += [(name, *_figures(cell)) for name, cell in metrics["cells"].items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _figures(cell: Mapping[str, Any]) -> tuple[str, ...]:
+    low, high = cell["ci95"]
+    copies = "-"
+    if cell["copy_rate"] is not None:
+        copies = f"{_percent(cell['copy_rate'])} ({_percent(cell['copy_rate_held_out'])})"
+    ratio = _percent(cell["accuracy"] / cell["ceiling"]) if cell["ceiling"] else "-"
+    interval = f"{_percent(low)} - {_percent(high)}"
+    figures = (_percent(cell["accuracy"]), interval, str(cell["n"]), _percent(cell["chance"]))
+    return (*figures, _percent(cell["ceiling"]), ratio, copies)
+
+
+def _headline(metrics: Mapping[str, Any], stages: Mapping[str, Any]) -> str:
+    cells = metrics["cells"]
+    tiles = [
+        (_percent(cell["accuracy"]), f"{_arrow(name)}, of {_percent(cell['ceiling'])} possible")
+        for name, cell in cells.items()
+    ]
+    tiles.append((_duration(sum(stage["seconds"] for stage in stages.values())), "from nothing to this report"))
+    tiles.append((f"{max(stage['peak_mib'] for stage in stages.values()) / 1024:.1f} GiB", "peak memory"))
+    shown = "".join(f"<div class=tile><b>{value}</b><span>{label}</span></div>" for value, label in tiles)
+    return (
+        "<header><h1>One small transformer, trained here</h1><p>It learnt from scratch, on this machine, to draw "
+        "handwritten digits from captions and to caption drawings. Everything below was measured on the "
+        f"{html.escape(metrics['split'])} split: writers and wordings that it never saw in training.</p>"
+        f'<div class="tiles">{shown}</div></header>'
+    )
+
+
+def _cells(metrics: Mapping[str, Any]) -> str:
+    cells = metrics["cells"]
+    head = ("", "accuracy", "95% interval", "n", "chance", "ceiling", "of ceiling", "copies (real held-out)")
+    digits = sorted({digit for cell in cells.values() for digit in cell["per_class"]})
+    by_digit = [
+        (_arrow(name), *(_percent(cell["per_class"][d]["accuracy"]) if d in cell["per_class"] else "-" for d in digits))
+        for name, cell in cells.items()
+    ]
+    return (
+        "<h2>How well</h2>"
+        + _table(head, [(_arrow(name), *_figures(cell)) for name, cell in cells.items()])
+        + '<p class="note">The judge is a classifier fitted on real training drawings only; the ceiling is its own '
+        "accuracy on real held-out drawings. A copy is a generated drawing nearer to a training drawing than 95% of "
+        "training drawings are to one another; beside it stands how often that is so for real held-out ones.</p>"
+        + "<h3>By digit</h3>"
+        + _table(("", *digits), by_digit)
+    )
+
+
+def _samples(samples: Mapping[str, Any]) -> str:
+    parts = ["<h2>Samples</h2>", '<p class="note">As they came, with the failures; none was chosen by hand.</p>']
+    for name, entries in samples.items():
+        wrong = [entry for entry in entries if entry["judged"] != entry["digit"]]
+        parts.append(f"<h3>{_arrow(name)}</h3>")
+        for digit in sorted({entry["digit"] for entry in entries}):
+            own = [entry for entry in entries if entry["digit"] == digit][:_N_PER_DIGIT]
+            parts.append(f'<div class="grid">{"".join(map(_sample, own))}</div>')
+        if wrong:
+            parts.append(f"<h3>{_arrow(name)}: every failure among these {len(entries)}</h3>")
+            parts.append(f'<div class="grid">{"".join(map(_sample, wrong))}</div>')
+    return "".join(parts)
+
+
+def _sample(entry: Mapping[str, Any]) -> str:
+    wrong = entry["judged"] != entry["digit"]
+    verdict = "no digit named" if entry["judged"] is None else f"judged {entry['judged']}"
+    shown = f"<em>{'wrong' if wrong else 'right'}: {verdict}</em>"
+    pictures = "".join(f'<img src="{html.escape(p["image"])}" alt="">' for p in _sides(entry) if "image" in p)
+    texts = " &rarr; ".join(html.escape(p["text"]) or "(nothing)" for p in _sides(entry) if "text" in p)
+    return f"<figure{' class=wrong' if wrong else ''}>{pictures}<figcaption>{texts}<br>{shown}</figcaption></figure>"
+
+
+def _sides(entry: Mapping[str, Any]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    return entry["prompt"], entry["reply"]
+
+
+def _tokenizers(folder: Path) -> str:
+    parts = []
+    for figures in sorted(folder.glob("tokenizers/*/evaluation/metrics.json")):
+        values = [(key, value) for key, value in _read_json(figures).items() if isinstance(value, int | float | str)]
+        rows = [(html.escape(key.replace("_", " ")), _number(value)) for key, value in values]
+        pictures = "".join(
+            f'<p><img class="wide" src="{_data_url(picture)}" alt="before and after {html.escape(picture.stem)}"></p>'
+            for picture in sorted(figures.parent.glob("*.png"))
+        )
+        note = '<p class="note">Originals above, what the codes give back below.</p>' if pictures else ""
+        parts.append(
+            f"<h3>{html.escape(figures.parent.parent.name)}</h3>{_table(('figure', ''), rows)}{note}{pictures}"
+        )
+    return f"<h2>Tokenizers</h2>{''.join(parts)}" if parts else ""
+
+
+def _curves(folder: Path) -> str:
+    charts = []
+    for log in sorted(folder.rglob("log.jsonl")):
+        run = log.parent.relative_to(folder).as_posix()
+        series: dict[str, list[tuple[float, float]]] = {}
+        for line in log.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            for key, value in record.items():
+                if key.startswith("loss/") and value is not None:
+                    series.setdefault(key.removeprefix("loss/"), []).append((record["step"], value))
+        charts += [line_chart(points, f"{run}: {name}") for name, points in series.items()]
+    if not charts:
+        return ""
+    return f'<h2>Loss while training</h2><div class="charts">{"".join(charts)}</div>'
+
+
+def _stages(stages: Mapping[str, Any]) -> str:
+    rows = [
+        (html.escape(name), _duration(stage["seconds"]), f"{stage['peak_mib']:,.0f} MiB")
+        for name, stage in stages.items()
+    ]
+    return f"<h2>Time and memory</h2>{_table(('stage', 'time', 'peak memory so far'), rows)}"
+
+
+def line_chart(points: Sequence[tuple[float, float]], title: str) -> str:
+    """Return an inline SVG of one curve through (step, value) points, with labelled axes."""
+    width, height, left, right, top, bottom = 360, 210, 46, 14, 30, 26
+    (first, last), (low, high) = _span(x for x, _ in points), _span(y for _, y in points)
+    ticks = round_ticks(low, high)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = left + (x - first) / (last - first) * (width - left - right)
+        return across, top + (high - y) / (high - low) * (height - top - bottom)
+
+    rules = "".join(
+        f'<line x1="{left}" x2="{width - right}" y1="{place(first, tick)[1]:.1f}" y2="{place(first, tick)[1]:.1f}"/>'
+        f'<text x="{left - 6}" y="{place(first, tick)[1] + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        for tick in ticks
+    )
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+    ends = (
+        f'<text x="{left}" y="{height - 8}">step {points[0][0]:g}</text>'
+        f'<text x="{width - right}" y="{height - 8}" text-anchor="end">{points[-1][0]:g}</text>'
+        f'<text x="{width - right}" y="18" text-anchor="end">last {points[-1][1]:.3g}</text>'
+    )
+    label = html.escape(title)
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}"><text class="title" x="12" y="18">{label}'
+        f'</text>{rules}<path d="M{path}"/>{ends}</svg>'
+    )
+
+
+def _span(values: Iterable[float]) -> tuple[float, float]:
+    """Return the smallest and largest value, kept apart so that an axis has a length."""
+    found = list(values)
+    low, high = min(found), max(found)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """Return two to six round values that lie in [low, high]."""
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= rough)
+    return [round(k * step, 10) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{entry}</th>" for entry in head)
+    body = "".join(f"<tr>{''.join(f'<td>{entry}</td>' for entry in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _arrow(cell: str) -> str:
+    return html.escape(cell).replace("-&gt;", " &rarr; ")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _number(value: float | int | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
+
+
+def _data_url(picture: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
