@@ -191,7 +191,7 @@ def _collect(engine: Engine, prefixes: dict[str, str]) -> dict[str, Tensor]:
     for prefix, key in prefixes.items():
         for name, value in engine.read(key):
             if engine.rank == 0:
-                tensors[prefix + name] = value.contiguous().clone()
+                tensors[prefix + name] = value.contiguous()
     return tensors
 
 

@@ -139,17 +139,17 @@ class Engine:
         return {n: self._shapes[n] for n, p in self._names.items() if p.requires_grad or key == WEIGHTS}
 
     def read(self, key: str = WEIGHTS) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, full fp32 tensor on the CPU) of every parameter that has `key`; every rank must iterate.
+        """Yield (name, copy of the full fp32 tensor on the CPU) of every parameter that has `key`; all ranks must iterate.
 
         Args:
             key: "weights" (frozen parameters included) or one of `state_keys`.
         """
         for name, p in self._names.items():
             if p.requires_grad:
-                yield name, self._read(p, key).detach().float().cpu()
+                yield name, self._read(p, key).detach().to("cpu", torch.float32, copy=True)
             elif key == WEIGHTS:
                 with self._gathered(p):
-                    yield name, p.detach().float().cpu()
+                    yield name, p.detach().to("cpu", torch.float32, copy=True)
 
     def write(self, name: str, value: Tensor, key: str = WEIGHTS) -> None:
         """Set what `read` yields for one parameter; every rank must call it with the same full tensor."""

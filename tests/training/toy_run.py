@@ -1,4 +1,4 @@
-"""A small run as a program: python toy_run.py RUNS.json, where RUNS is a list of {"out": ..., keys of Toy and FitConfig}.
+"""A small run as a program: python toy_run.py RUNS.json, a list of {"out": ..., keys of Toy and FitConfig}.
 
 One process trains them one after another, so that tests pay for starting the interpreter and the process group once.
 """
