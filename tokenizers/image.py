@@ -1,7 +1,6 @@
 """Images <-> a grid of codes of a convolutional autoencoder."""
 
 import io
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,6 +154,16 @@ class ImageTokenizer(Modality):
         levels = ((item.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy())
 
+    def comparison(self, items: Sequence[Float[Tensor, "C H W"]], *, scale: int = 4) -> Image.Image:
+        """Return one picture: items in a row, and below each what its codes decode to, `scale` times enlarged."""
+        size = self.config.image_size * scale
+        sheet = Image.new("L" if self.config.channels == 1 else "RGB", (len(items) * size, 2 * size))
+        for row, images in enumerate((items, self.decode_batch(self.encode_batch(items)))):
+            for column, image in enumerate(images):
+                enlarged = self.to_pil(image).resize((size, size), Image.Resampling.NEAREST)
+                sheet.paste(enlarged, (column * size, row * size))
+        return sheet
+
     def save(self, folder: Path) -> None:
         """Write the codec's weights and config.json."""
         plain = TypeAdapter(ImageTokenizerConfig).dump_python(self.config, mode="json")
@@ -166,8 +175,7 @@ class ImageTokenizer(Modality):
         """Read what `save` wrote."""
         plain, payload = read_tokenizer_folder(folder, cls.kind)
         try:
-            # As JSON, because only then may a list stand for a tuple.
-            config = TypeAdapter(ImageTokenizerConfig).validate_json(json.dumps(plain))
+            config = TypeAdapter(ImageTokenizerConfig).validate_python(plain)
             codec = config.build()
             codec.load_state_dict(load(payload))
         except (ValidationError, safetensors.SafetensorError, RuntimeError) as error:

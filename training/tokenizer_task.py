@@ -1,0 +1,250 @@
+"""Training of tokenizers: the image tokenizer as a Task of the training loop, and the text tokenizer in one go."""
+
+import copy
+import difflib
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import yaml
+from jaxtyping import UInt8
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from omniform.data.schema import RawSpan, SampleError
+from omniform.data.shards import ShardReader
+from omniform.errors import OmniformError
+from omniform.kernels.keyed_noise import keyed_permutation, stream
+from omniform.modeling.config import STRICT, ConfigError, dump_config, parse_config
+from omniform.tokenizers.base import TokenizerError
+from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from omniform.tokenizers.text import SentencePieceTokenizer
+from omniform.training.config import FitConfig
+from omniform.training.loop import fit
+from omniform.training.run_folder import CONFIG_FILE, open_run_folder
+from omniform.training.task import MicroBatch
+
+RESULT = "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImageTokenizerTrainConfig(FitConfig):
+    """How to train an image tokenizer; a row is an image.
+
+    Attributes:
+        data: folder of indexed shards, such as WORLD/train; every image span of it is learnt from.
+        max_images: the first so many are held in memory, as bytes; a larger folder is learnt from in part.
+        commitment_weight: beta of VQ-VAE (arXiv:1711.00937, equation 3); FSQ has no such term.
+    """
+
+    kind: Literal["conv_vq"]
+    data: Path
+    tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
+    max_images: int = Field(default=200_000, ge=1)
+    commitment_weight: float = Field(default=0.25, gt=0)
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> "ImageTokenizerTrainConfig":
+        if self.engine.precision == "bf16" and self.tokenizer.quantizer.kind == "vq_ema":
+            raise ValueError(
+                "engine.precision is bf16, in which the moving averages of a vq_ema codebook stand still: choose "
+                "bf16_autocast"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TextTokenizerTrainConfig:
+    """How to learn a text tokenizer.
+
+    Attributes:
+        data: folders of indexed shards; every text span of them is learnt from.
+        corpora: texts that packages ship: "python-topics" is the Python language reference in pydoc_data.
+        vocab_size: ids in all, among them 256 bytes and "unknown".
+    """
+
+    kind: Literal["sentencepiece"]
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    data: tuple[Path, ...] = ()
+    corpora: tuple[Literal["python-topics"], ...] = ()
+    vocab_size: int = Field(default=1024, ge=258)
+    algorithm: Literal["bpe", "unigram"] = "bpe"
+
+
+_CONFIGS: dict[str, type[ImageTokenizerTrainConfig] | type[TextTokenizerTrainConfig]] = {
+    "conv_vq": ImageTokenizerTrainConfig,
+    "sentencepiece": TextTokenizerTrainConfig,
+}
+
+
+class ImageTokenizerTask:
+    """Shows every image once per epoch, in an order that is a keyed permutation.
+
+    Raises:
+        OmniformError: the data cannot be read, or holds no image.
+    """
+
+    def __init__(self, config: ImageTokenizerTrainConfig) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        codec = config.tokenizer.build()
+        # The tokenizer reads images and stores the result; the module that learns stays apart from it.
+        self.tokenizer = ImageTokenizer(config.tokenizer, copy.deepcopy(codec))
+        self.module: nn.Module = codec
+        self.term_weights: Mapping[str, float] = {"reconstruction": 1.0}
+        if config.tokenizer.quantizer.kind == "vq_ema":
+            self.term_weights = {"reconstruction": 1.0, "commitment": config.commitment_weight}
+        reader = ShardReader(config.data)
+        self._images, self.n_unreadable = _read_images(reader, self.tokenizer, config.max_images)
+        self._identity = {"data": reader.digest, "n_images": len(self._images)}
+        self._order = functools.lru_cache(maxsize=2)(self._permutation)
+
+    def micro_batches(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
+        """Return this rank's images of the step, every world_size-th of it."""
+        size = self.config.engine.micro_batch_rows
+        first = step * self.config.rows_per_step
+        places = [self._place(n) for n in range(first + rank, first + self.config.rows_per_step, world_size)]
+        return [self._micro_batch(places[i : i + size]) for i in range(0, len(places), size)]
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Return which images are drawn from; which of them come next follows from the step alone."""
+        return dict(self._identity)
+
+    def restore(self, position: dict[str, Any]) -> None:
+        """Check that the images are those of the stored run."""
+        if position != self._identity:
+            raise OmniformError(
+                f"{self.config.data} holds other images than when this run began (then {position}, now "
+                f"{self._identity}): bring the data back, or start again with --fresh"
+            )
+
+    def save(self, folder: Path, module: nn.Module) -> None:
+        """Write the tokenizer folder."""
+        self._trained(module).save(folder)
+
+    def draw(self, path: Path, module: nn.Module, n: int = 16) -> None:
+        """Write a picture of the first `n` images and of what their codes decode to."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._trained(module).comparison([_to_item(image) for image in self._images[:n]]).save(path)
+
+    def _trained(self, module: nn.Module) -> ImageTokenizer:
+        self.tokenizer.codec.load_state_dict(module.state_dict())
+        return self.tokenizer
+
+    def _micro_batch(self, places: list[int]) -> MicroBatch:
+        pixels = _to_item(self._images[torch.tensor(places)])
+        counts = dict.fromkeys(self.term_weights, float(len(places)))
+        return MicroBatch(pixels, counts, len(places) * math.prod(self.tokenizer.fixed_grid))
+
+    def _place(self, n: int) -> int:
+        epoch, place = divmod(n, len(self._images))
+        return int(self._order(epoch)[place])
+
+    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
+        return keyed_permutation(len(self._images), self.config.seed, stream("tokenizer/order"), epoch)
+
+
+def train_tokenizer(
+    config_path: Path, overrides: Sequence[str] = (), out: Path | None = None, *, fresh: bool = False
+) -> Path:
+    """Train the tokenizer that a YAML file describes, or go on with it, and return its folder, `out`/tokenizer.
+
+    Args:
+        overrides: dotted key=value.
+        out: run folder; runs/NAME unless given.
+        fresh: delete what an earlier run left in `out` first.
+
+    Raises:
+        OmniformError: the configuration, the data or the run folder cannot be used.
+    """
+    config = _load_config(config_path, overrides)
+    out = out or Path("runs") / config.name
+    if isinstance(config, TextTokenizerTrainConfig):
+        return _train_text(config, out, fresh=fresh)
+    task = ImageTokenizerTask(config)
+    config.accumulation(int(os.environ.get("WORLD_SIZE", "1")))  # fails here rather than with the folder made
+    open_run_folder(out, config, fresh=fresh, result=RESULT)
+    if task.n_unreadable:
+        print(f"{task.n_unreadable} images of {config.data} cannot be read and are left out", flush=True)
+
+    def preview(module: nn.Module, step: int) -> None:
+        task.draw(out / "samples" / f"step-{step}.png", module)
+
+    return fit(task, config, out, result=RESULT, preview=preview)
+
+
+def _load_config(path: Path, overrides: Sequence[str]) -> ImageTokenizerTrainConfig | TextTokenizerTrainConfig:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    kind = content.get("kind") if isinstance(content, Mapping) else None
+    if kind not in _CONFIGS:
+        raise ConfigError(f"{path}: kind is {kind!r}, expected a mapping whose kind is one of {', '.join(_CONFIGS)}")
+    return parse_config(_CONFIGS[kind], text, overrides, source=str(path))
+
+
+def _train_text(config: TextTokenizerTrainConfig, out: Path, *, fresh: bool) -> Path:
+    """Learn the text tokenizer; it takes seconds and gives the same bits, so a run that was stopped starts again."""
+    record, text = out / CONFIG_FILE, dump_config(config)
+    if record.exists() and not fresh:
+        stored = record.read_text(encoding="utf-8")
+        if stored != text:
+            changes = difflib.unified_diff(stored.splitlines(), text.splitlines(), str(record), "given", "", "", 0, "")
+            raise OmniformError(
+                f"{out} holds a tokenizer of another configuration:\n" + "\n".join(changes) + "\n"
+                "Choose another --out, or replace that tokenizer with --fresh"
+            )
+    tokenizer = SentencePieceTokenizer.train(_texts(config), vocab_size=config.vocab_size, algorithm=config.algorithm)
+    out.mkdir(parents=True, exist_ok=True)
+    record.write_text(text, encoding="utf-8")
+    tokenizer.save(out / RESULT)
+    return out / RESULT
+
+
+def _texts(config: TextTokenizerTrainConfig) -> Iterator[str]:
+    for folder in config.data:
+        for sample in ShardReader(folder):
+            yield from (span.text for span in sample.spans if span.text is not None)
+    if "python-topics" in config.corpora:
+        from pydoc_data.topics import topics
+
+        yield from topics.values()
+
+
+def _read_images(
+    reader: ShardReader, tokenizer: ImageTokenizer, max_images: int
+) -> tuple[UInt8[Tensor, "N C H W"], int]:
+    """Return the images as bytes, and how many could not be read."""
+    images: list[Tensor] = []
+    n_unreadable = 0
+    for place in range(len(reader)):
+        try:
+            spans: Sequence[RawSpan] = reader[place].spans
+        except SampleError:
+            n_unreadable += 1
+            continue
+        for span in spans:
+            if span.modality != "image" or span.payload is None or len(images) >= max_images:
+                continue
+            try:
+                images.append(((tokenizer.read(span.payload) + 1) * 127.5).round().to(torch.uint8))
+            except TokenizerError:
+                n_unreadable += 1
+        if len(images) >= max_images:
+            break
+    if not images:
+        raise OmniformError(f"{reader.folder} holds no image that can be read ({n_unreadable} cannot)")
+    return torch.stack(images), n_unreadable
+
+
+def _to_item(image: UInt8[Tensor, "*N C H W"]) -> Tensor:
+    return image.float() / 127.5 - 1
