@@ -22,7 +22,6 @@ from omniform.inference.judges import (
     DigitImageJudge,
     copy_rate,
     digit_of_text,
-    per_class_accuracy,
     wilson_interval,
 )
 from omniform.inference.protocol import ContentPart, DataPart, TextPart
@@ -126,11 +125,15 @@ def evaluate_any_to_any(
 def _score(judged: Sequence[int | None], digits: npt.NDArray[np.int64], ceiling: float) -> dict[str, Any]:
     """Return the figures of one cell; an answer that names no digit is wrong."""
     answers = np.array([NO_DIGIT if answer is None else answer for answer in judged])
-    n_right, per_class = int((answers == digits).sum()), per_class_accuracy(answers, digits)
+    right = answers == digits
+    per_class = {
+        str(digit): {"accuracy": float(right[digits == digit].mean()), "n": int((digits == digit).sum())}
+        for digit in np.unique(digits)
+    }
     return {
-        "accuracy": n_right / len(digits),
+        "accuracy": float(right.mean()),
         "n": len(digits),
-        "ci95": list(wilson_interval(n_right, len(digits))),
+        "ci95": list(wilson_interval(int(right.sum()), len(digits))),
         "chance": 1 / N_DIGITS,
         "ceiling": ceiling,
         "macro_accuracy": sum(entry["accuracy"] for entry in per_class.values()) / len(per_class),
