@@ -102,7 +102,7 @@ class RawSample:
         if "txt" in members:
             caption = _read_text(key, members["txt"])
         if isinstance(caption, str):
-            spans.append(RawSpan("text", text=caption))
+            spans.append(RawSpan("text", text=_checked_text(key, caption)))
         spans += [
             RawSpan("image", payload=members[name], extension=name) for name in FOREIGN_IMAGES if name in members
         ][:1]
@@ -133,10 +133,19 @@ def _read_text(key: str, content: bytes) -> str:
         raise SampleError(f"sample {key}: its text is not UTF-8 ({error})") from error
 
 
+def _checked_text(key: str, text: str) -> str:
+    """Refuse halves of surrogate pairs, which JSON can write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(f"sample {key}: its text at position {error.start} is no character") from error
+    return text
+
+
 def _read_span(key: str, entry: object, members: Mapping[str, bytes]) -> RawSpan:
     match entry:
         case {"modality": str(modality), "text": str(text)}:
-            return RawSpan(modality, text=text)
+            return RawSpan(modality, text=_checked_text(key, text))
         case {"modality": str(modality), "file": str(name)} if name in members:
             return RawSpan(modality, payload=members[name], extension=name.rpartition(".")[2])
         case {"modality": str(), "file": str(name)}:

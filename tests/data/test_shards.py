@@ -184,6 +184,7 @@ def test_a_damaged_sample_is_an_error_of_that_sample_only(tmp_path: Path) -> Non
         ({"json": b'{"spans": [{"modality": "image", "file": "0.png"}]}'}, "names the file '0.png'"),
         ({"json": b'{"spans": [{"modality": "image"}]}'}, "expected a modality and either text or file"),
         ({"txt": b"\xff"}, "not UTF-8"),
+        ({"json": b'{"caption": "\\ud800"}'}, "position 0 is no character"),
         ({"pkl": b"cos\nsystem\n", "json": b'{"caption": null}'}, "expected a json with 'spans'"),
     ],
 )

@@ -1,0 +1,158 @@
+"""Which sample comes when: sources mixed by weight, each visited in a keyed order, once per epoch.
+
+Draws are numbered from 0 without end. Windows of them hold a fixed number per source, so where any window starts in any
+source is known without replaying what came before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass as plain_dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from omniform.data.schema import DataError
+from omniform.kernels.keyed_noise import keyed_bits, keyed_permutation, keyed_uniform, stream
+from omniform.modeling.config import STRICT
+from omniform.modeling.sequence import Role
+
+WINDOW = 4096
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SourceConfig:
+    """A folder of indexed shards and what to learn from it.
+
+    Attributes:
+        index_dir: where its indexes are, if not beside the shards.
+        weight: share of all draws, relative to the other sources.
+        tasks: relative weight by task. "X->Y" gives the spans of modality X and learns those of Y, each in the sample's
+            order; "X->X" gives the first and learns the last.
+    """
+
+    path: Path
+    index_dir: Path | None = None
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    tasks: dict[str, float] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> "SourceConfig":
+        for task, weight in self.tasks.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(
+                    f"tasks.{task} has the weight {weight}, expected more than 0: leave out what is unused"
+                )
+            given, separator, learnt = task.partition("->")
+            if not (given.isidentifier() and separator and learnt.isidentifier()):
+                raise ValueError(f"task {task!r}, expected two modalities such as text->image")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """What a model learns from.
+
+    Attributes:
+        row_length: tokens of a packed row; no document may be longer.
+        condition_dropout: fraction of documents that lose everything given, for guidance (arXiv:2207.12598).
+    """
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    row_length: int = Field(default=256, ge=2)
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
+
+
+def arrange(task: str, modalities: Sequence[str]) -> list[tuple[int, Role]]:
+    """Return which of a sample's spans, by place, a task uses and how; none if the sample does not serve it."""
+    given, _, learnt = task.partition("->")
+    if given == learnt:
+        places = [place for place, modality in enumerate(modalities) if modality == given]
+        return [(places[0], Role.CONTEXT), (places[-1], Role.TARGET)] if len(places) > 1 else []
+    context = [(place, Role.CONTEXT) for place, modality in enumerate(modalities) if modality == given]
+    target = [(place, Role.TARGET) for place, modality in enumerate(modalities) if modality == learnt]
+    return context + target if context and target else []
+
+
+@plain_dataclass(frozen=True)
+class Draws:
+    """A window of draws, one element each.
+
+    Attributes:
+        source, sample: place of the source in the config, and of the sample in the source.
+        epoch: how often the source was gone through before.
+        task: place among the source's tasks.
+        unconditional: the document loses everything given.
+        noise_key: identifies this visit of this sample; keys all its other random numbers.
+    """
+
+    source: npt.NDArray[np.int64]
+    sample: npt.NDArray[np.int64]
+    epoch: npt.NDArray[np.int64]
+    task: npt.NDArray[np.int64]
+    unconditional: npt.NDArray[np.bool_]
+    noise_key: npt.NDArray[np.uint64]
+
+
+class Mixture:
+    """The endless sequence of draws, in windows of WINDOW: a pure function of its arguments.
+
+    Args:
+        sizes: number of samples of each source.
+
+    Raises:
+        DataError: an empty source, or one whose weight gives it no draw in a window.
+    """
+
+    def __init__(self, config: DataConfig, sizes: Sequence[int], seed: int) -> None:
+        self.config, self.sizes, self.seed = config, tuple(sizes), seed
+        shares = np.array([source.weight for source in config.sources])
+        self.quotas = _largest_remainder(shares / shares.sum(), WINDOW)
+        for source, size, quota in zip(config.sources, sizes, self.quotas, strict=True):
+            if size == 0:
+                raise DataError(f"{source.path} holds no samples: remove it from data.sources")
+            if quota == 0:
+                raise DataError(
+                    f"{source.path} has the weight {source.weight} of {shares.sum()} in all, less than one draw in "
+                    f"{WINDOW}: raise its weight or remove it from data.sources"
+                )
+        self._permutation = lru_cache(maxsize=4 * len(sizes))(self._draw_permutation)
+
+    def window(self, number: int) -> Draws:
+        """Return draws [number * WINDOW, (number + 1) * WINDOW)."""
+        sources = np.repeat(np.arange(len(self.sizes)), self.quotas)
+        cursors = np.concatenate([number * quota + np.arange(quota) for quota in self.quotas])
+        order = keyed_permutation(WINDOW, self.seed, stream("data/mix"), number)
+        sizes = np.array(self.sizes)[sources]
+        epochs, places = cursors // sizes, cursors % sizes
+        samples = np.empty_like(places)
+        for source, epoch in sorted(set(zip(sources.tolist(), epochs.tolist(), strict=True))):
+            here = (sources == source) & (epochs == epoch)
+            samples[here] = self._permutation(source, epoch)[places[here]]
+        # Elements of one source keep their order, so that windows go through each epoch as one sequence.
+        sources_in_order = sources[order]
+        by_source = np.empty_like(order)
+        by_source[np.argsort(sources_in_order, kind="stable")] = np.arange(WINDOW)
+        epochs, samples = epochs[by_source], samples[by_source]
+        noise_keys = keyed_bits(self.seed, stream("data/visit"), sources_in_order, epochs, samples)
+        tasks = np.zeros(WINDOW, dtype=np.int64)
+        for number_of_source, source_config in enumerate(self.config.sources):
+            here = sources_in_order == number_of_source
+            edges = np.cumsum(list(source_config.tasks.values()))
+            chosen = keyed_uniform(noise_keys[here], stream("data/task")) * edges[-1]
+            tasks[here] = np.searchsorted(edges[:-1], chosen, side="right")
+        unconditional = keyed_uniform(noise_keys, stream("data/condition")) < self.config.condition_dropout
+        return Draws(sources_in_order, samples, epochs, tasks, unconditional, noise_keys)
+
+    def _draw_permutation(self, source: int, epoch: int) -> npt.NDArray[np.int64]:
+        return keyed_permutation(self.sizes[source], self.seed, stream("data/order"), source, epoch)
+
+
+def _largest_remainder(shares: npt.NDArray[np.float64], total: int) -> npt.NDArray[np.int64]:
+    """Return whole numbers in proportion to `shares` that add up to `total`."""
+    quotas = np.floor(shares * total).astype(np.int64)
+    missing = total - int(quotas.sum())
+    quotas[np.argsort(quotas - shares * total, kind="stable")[:missing]] += 1
+    return quotas
