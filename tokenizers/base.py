@@ -81,7 +81,7 @@ class Modality(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write the tokenizer into `folder`: config.json with its `kind`, and its weights. Never pickle."""
+        """Write the tokenizer into `folder` with `folder.write_tokenizer_folder`. Never pickle."""
 
     @classmethod
     @abstractmethod

@@ -44,7 +44,7 @@ class ModelTask:
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
         """Return this rank's rows of the step, every world_size-th, in forward passes of `micro_batch_rows`."""
-        rows = self.data.rows(step)[rank::world_size]
+        rows = self.data.rows(step, slice(rank, None, world_size))
         objectives, vocabulary = self.model.config.objectives, self.model.vocabulary
         batches = []
         for first in range(0, len(rows), self.micro_batch_rows):
