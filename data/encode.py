@@ -25,7 +25,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from omniform.data.index import ShardIndex
-from omniform.data.schema import DataError, RawSpan
+from omniform.data.schema import DataError, RawSpan, SampleError
 from omniform.data.sealed import write_atomically
 from omniform.data.shards import ShardReader, read_sample
 from omniform.errors import OmniformError
@@ -200,7 +200,8 @@ def _encode_shard(shard: ShardIndex, tokenizers: Mapping[str, Modality], modalit
             items = [(place, span) for place, span in enumerate(spans) if span.modality in waiting]
             read = [(place, span.modality, _read_item(tokenizers[span.modality], span)) for place, span in items]
         except OmniformError as error:
-            failures[number] = f"{shard.shard.name}: {error}"
+            where = "" if isinstance(error, SampleError) else f"sample {record.key}: "
+            failures[number] = f"{shard.shard.name}: {where}{error}"
             continue
         for place, name, item in read:
             waiting[name].append((number, place, item))

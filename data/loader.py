@@ -146,8 +146,8 @@ class TrainingData:
                 raise DataError(f"{config.path} holds no sample for the task {task}: remove it from data.sources.tasks")
             if table[number, 0, longest] > self.config.row_length:
                 raise DataError(
-                    f"{config.path}: sample {longest} takes {table[number, 0, longest]} tokens in the task {task}, a "
-                    f"row holds {self.config.row_length}: raise data.row_length or shorten the sample"
+                    f"{source.reader.describe(longest)} takes {table[number, 0, longest]} tokens in the task {task}, "
+                    f"a row holds {self.config.row_length}: raise data.row_length or shorten the sample"
                 )
         return table
 

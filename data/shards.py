@@ -107,6 +107,11 @@ class ShardReader(Sequence[RawSample]):
         """The sha256 over the digests of all shards in order: identifies the content."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
+    def describe(self, index: int) -> str:
+        """Return the file and key of a sample, for messages."""
+        shard, record = self._places[index]
+        return f"{shard.shard}, sample {record.key}"
+
     def __len__(self) -> int:
         return len(self._places)
 
