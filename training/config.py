@@ -1,12 +1,15 @@
-"""Settings of a training run that every task shares."""
+"""Settings of a training run: what every task shares, and what training the model adds."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from omniform.data.mixture import DataConfig
 from omniform.errors import OmniformError
-from omniform.modeling.config import STRICT
+from omniform.modeling.config import STRICT, ModelConfig
+from omniform.modeling.generation_config import SamplingSettings
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -128,3 +131,20 @@ class FitConfig:
                 f"{self.engine.micro_batch_rows} x {world_size}: change one of them"
             )
         return self.rows_per_step // per_pass
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig(FitConfig):
+    """Training of the unified model; a row holds `data.row_length` tokens.
+
+    Attributes:
+        tokenizers: folder of the trained tokenizer of each modality, text among them.
+        generation: default sampling settings by modality, stored with the model.
+        cache_dir: where the tokens of the data are kept; "tokens" in the run folder unless given.
+    """
+
+    model: ModelConfig
+    tokenizers: dict[str, Path]
+    data: DataConfig
+    generation: dict[str, SamplingSettings] = Field(default_factory=dict)
+    cache_dir: Path | None = None

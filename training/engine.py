@@ -139,7 +139,7 @@ class Engine:
         return {n: self._shapes[n] for n, p in self._names.items() if p.requires_grad or key == WEIGHTS}
 
     def read(self, key: str = WEIGHTS) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, copy of the full fp32 tensor on the CPU) of every parameter that has `key`; all ranks must iterate.
+        """Yield (name, copy of the full fp32 tensor on the CPU) of every parameter that has `key`; collective.
 
         Args:
             key: "weights" (frozen parameters included) or one of `state_keys`.

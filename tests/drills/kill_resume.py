@@ -20,10 +20,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 # Imported here once for all forks; the first two are what an engine imports when it is made.
-import deepspeed  # noqa: F401
+import deepspeed
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 
 STEPS, EVERY = 48, 6
 FORK = multiprocessing.get_context("fork")

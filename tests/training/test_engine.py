@@ -113,7 +113,7 @@ def test_step_with_nan_changes_nothing_and_the_next_one_is_sound(toy: ModuleType
     engine.close()
 
 
-@pytest.mark.parametrize("stage", (1, 2, 3))
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_keeps_fp32_masters_exactly(toy: ModuleType, stage: int) -> None:
     task = toy.Toy(8, 4)
     engine = Engine(task.module, settings(stage, "bf16"))
@@ -141,7 +141,7 @@ def test_autocast_multiplies_in_bf16_and_keeps_fp32_weights(toy: ModuleType) -> 
 
 def test_rows_that_do_not_divide_are_refused(toy: ModuleType) -> None:
     config = FitConfig(name="toy", steps=1, rows_per_step=10, engine=EngineConfig(micro_batch_rows=4))
-    with pytest.raises(OmniformError, match="rows_per_step is 10, expected a multiple of engine.micro_batch_rows"):
+    with pytest.raises(OmniformError, match="rows_per_step is 10, expected a multiple"):
         Engine(toy.Toy(8, 4).module, config)
 
 

@@ -4,6 +4,8 @@ One process trains them one after another, so that tests pay for starting the in
 """
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from omniform.errors import OmniformError
 from omniform.kernels.keyed_noise import keyed_uniform, stream
 from omniform.training.config import FitConfig
 from omniform.training.loop import fit
@@ -42,7 +43,8 @@ class ToyModule(nn.Module):
 class Toy:
     """A Task on rows that are a pure function of (step, row); each fourth row has a label, none at odd steps.
 
-    With two ranks the labelled rows are all on rank 0, and with `uneven` its forward passes hold fewer rows.
+    With two ranks the labelled rows are all on rank 0; with `uneven` rank 0 has a quarter of the rows, rank 1 the rest.
+    At `sigterm_at` the last rank, and no other, gets a SIGTERM.
     """
 
     def __init__(
@@ -52,15 +54,18 @@ class Toy:
         dropout: float = 0.0,
         nan_steps: list[int] | None = None,
         uneven: bool = False,
+        sigterm_at: int | None = None,
     ) -> None:
         torch.manual_seed(1)
         self.module: nn.Module = ToyModule(dropout)
         self.term_weights = {"value": 1.0, "label": 0.5}
         self.rows_per_step, self.micro_batch_rows = rows_per_step, micro_batch_rows
-        self.nan_steps, self.uneven = nan_steps or [], uneven
+        self.nan_steps, self.uneven, self.sigterm_at = nan_steps or [], uneven, sigterm_at
         self.restored: dict | None = None
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
+        if step == self.sigterm_at and rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         rows = list(range(self.rows_per_step))
         if self.uneven:
             cut = self.rows_per_step // 4
@@ -100,8 +105,8 @@ def run_toy(out: Path, *, toy: dict | None = None, fresh: bool = False, preview=
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    try:
-        for run in json.loads(Path(sys.argv[1]).read_text()):
+    for run in json.loads(Path(sys.argv[1]).read_text()):
+        try:
             run_toy(Path(run.pop("out")), **run)
-    except OmniformError as error:
-        sys.exit(f"error: {error}")
+        except SystemExit as stopped:
+            print("stopped with status", stopped.code)

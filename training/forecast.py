@@ -1,0 +1,144 @@
+"""What a run will take, before it starts: parameters, memory, FLOPs, time and disk."""
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from omniform.errors import OmniformError
+from omniform.modeling.model import UnifiedModel
+from omniform.training.config import TrainConfig
+from omniform.training.engine import resolve_precision
+
+# Fraction of the speed of bare matrix products that training reaches; small models reach less.
+ASSUMED_UTILISATION = 0.4
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Figures of a whole run; bytes are per process where memory is meant.
+
+    Attributes:
+        parameters: number by part of the model.
+        tokens_per_step: room in the rows of a step; packing fills most of it.
+        flops_per_step: of all processes.
+        matmul_flops: per second, of one process, measured on this machine.
+    """
+
+    parameters: dict[str, int]
+    precision: str
+    zero_stage: int
+    world_size: int
+    steps: int
+    tokens_per_step: int
+    state_bytes: int
+    activation_bytes: int
+    flops_per_step: float
+    matmul_flops: float
+    checkpoint_bytes: int
+    disk_bytes: int
+    free_disk: int
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps, at ASSUMED_UTILISATION of the speed of matrix products."""
+        speed = self.matmul_flops * ASSUMED_UTILISATION * self.world_size
+        return self.steps * self.flops_per_step / speed
+
+    def text(self, n_samples: int) -> str:
+        """Return the forecast as lines for people."""
+        parts = ", ".join(f"{name} {number:,}" for name, number in self.parameters.items())
+        memory = self.state_bytes + self.activation_bytes
+        return "\n".join(
+            [
+                f"parameters  {sum(self.parameters.values()):,} ({parts})",
+                f"data        {n_samples:,} samples, {self.tokens_per_step:,} tokens per step, {self.steps:,} steps",
+                f"engine      ZeRO-{self.zero_stage}, {self.precision}, {self.world_size} process(es)",
+                f"memory      {_size(memory)} per process: {_size(self.state_bytes)} weights, gradients and optimizer, "
+                f"about {_size(self.activation_bytes)} activations; the first one also holds a copy of the weights",
+                f"compute     {self.flops_per_step:.3g} FLOPs per step, {self.flops_per_step * self.steps:.3g} in all",
+                f"time        about {timedelta(seconds=round(self.seconds))}, at {ASSUMED_UTILISATION:.0%} of the "
+                f"{self.matmul_flops / 1e9:,.0f} GFLOP/s of matrix products measured here",
+                f"disk        {_size(self.checkpoint_bytes)} per checkpoint, up to {_size(self.disk_bytes)} in all, "
+                f"{_size(self.free_disk)} free",
+            ]
+        )
+
+
+def forecast(model: UnifiedModel, config: TrainConfig, world_size: int, *, free_disk: int) -> Forecast:
+    """Return the figures of a run, in well under ten seconds and without its weights.
+
+    FLOPs of a step: 6 per parameter and token, and 12 * layers * row_length * heads * head_dim per token for attention
+    (PaLM, arXiv:2204.02311, appendix B), as if every token attended to its whole row. Memory of the state follows ZeRO
+    (arXiv:1910.02054, section 5); that of activations is 34 values of 2 bytes per token, dimension and layer
+    (arXiv:2205.05198, equation 2, without its attention scores), twice that in fp32.
+
+    Args:
+        model: may be on the meta device.
+        free_disk: bytes free where the run folder will be.
+
+    Raises:
+        OmniformError: the disk has no room for two checkpoints.
+    """
+    decoder = config.model.decoder
+    parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    n = sum(parameters.values())
+    precision, stage = resolve_precision(config), config.engine.zero_stage
+    tokens_per_step = config.rows_per_step * config.data.row_length
+    attention_width = decoder.n_heads * decoder.dim_per_head
+    flops_per_token = 6 * n + 12 * decoder.n_layers * attention_width * config.data.row_length
+    micro_tokens = config.engine.micro_batch_rows * config.data.row_length
+    n_averages = 1 if config.optim.ema_decay is not None else 0
+    checkpoint_bytes = 4 * n * (3 + n_averages)
+    if free_disk < 2 * checkpoint_bytes:
+        raise OmniformError(
+            f"the disk of the run folder has {_size(free_disk)} free, but two checkpoints take "
+            f"{_size(2 * checkpoint_bytes)}: make room, or choose an --out elsewhere"
+        )
+    return Forecast(
+        parameters=parameters,
+        precision=precision,
+        zero_stage=stage,
+        world_size=world_size,
+        steps=config.steps,
+        tokens_per_step=tokens_per_step,
+        state_bytes=_state_bytes(n, stage, world_size, precision == "bf16", n_averages),
+        activation_bytes=34 * micro_tokens * decoder.dim * decoder.n_layers * (2 if precision == "fp32" else 1),
+        flops_per_step=float(flops_per_token * tokens_per_step),
+        matmul_flops=_measure_matmul(micro_tokens, decoder.dim, decoder.ffn_dim, bf16=precision != "fp32"),
+        checkpoint_bytes=checkpoint_bytes,
+        disk_bytes=checkpoint_bytes * (config.checkpoint.keep + 1) + 4 * n,
+        free_disk=free_disk,
+    )
+
+
+def _state_bytes(n: int, stage: int, world_size: int, bf16: bool, n_averages: int) -> int:
+    width = 2 if bf16 else 4
+    weights = width * n // (world_size if stage == 3 else 1)
+    gradients = width * n // (world_size if stage >= 2 else 1)
+    # Beside moments and average, every stage but 0 keeps an fp32 master copy of its shard.
+    optimizer = 4 * n * (2 + n_averages + (stage > 0)) // (world_size if stage else 1)
+    return weights + gradients + optimizer
+
+
+def _measure_matmul(n_rows: int, n_inner: int, n_columns: int, *, bf16: bool) -> float:
+    """Return FLOP/s of a product of the decoder's feed-forward shape: the best of a few, over about 0.2 s."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    a = torch.ones(min(n_rows, 8192), n_inner, device=device, dtype=dtype)
+    b = torch.ones(n_inner, n_columns, device=device, dtype=dtype)
+    best, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < 0.2:
+        started = time.perf_counter()
+        float((a @ b)[0, 0])  # reading a number waits for a GPU
+        best = min(best, time.perf_counter() - started)
+    return 2 * a.shape[0] * n_inner * n_columns / best
+
+
+def _size(n_bytes: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024 or unit == "GiB":
+            break
+        n_bytes /= 1024  # type: ignore[assignment]
+    return f"{n_bytes:.3g} {unit}"
