@@ -35,8 +35,11 @@ class Task(Protocol):
         term_weights: weight of each loss term in the total loss.
     """
 
-    module: nn.Module
-    term_weights: Mapping[str, float]
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def term_weights(self) -> Mapping[str, float]: ...
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of `step` (from 0): a pure function of the arguments and the config.
