@@ -144,7 +144,8 @@ def _windowed_mean(image: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H-10 W
 
 def _read(tokenizer: Modality, folder: Path) -> tuple[list[Any], list[int] | None]:
     """Return every item of the tokenizer's modality, and the digit of each where every sample has one."""
-    items, digits = [], []
+    items: list[Any] = []
+    digits: list[Any] = []
     for sample in ShardReader(folder):
         for span in sample.spans:
             if span.modality == tokenizer.name:

@@ -1,0 +1,73 @@
+"""Judges against closed forms and slow oracles."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from sklearn.datasets import load_digits
+
+from omniform.data.digits import SPLIT_ROWS, load_digit_images
+from omniform.errors import OmniformError
+from omniform.inference.judges import DigitImageJudge, copy_rate, digit_of_text, wilson_interval
+
+
+def test_the_image_judge_knows_held_out_writers() -> None:
+    levels, labels = load_digit_images()
+    images = levels / np.float32(127.5) - 1
+    train, validation = SPLIT_ROWS["train"], SPLIT_ROWS["validation"]
+    judge = DigitImageJudge.fit(images[train], labels[train])
+    assert (judge.predict(images[validation]) == labels[validation]).mean() > 0.95
+    shuffled = np.random.default_rng(0).permuted(images[validation].reshape(130, -1), axis=1).reshape(130, 16, 16)
+    assert (judge.predict(shuffled) == labels[validation]).mean() < 0.25  # chance is 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "digit"),
+    [
+        ("seven", 7),
+        ("7", 7),
+        ("This is an 8.", 8),
+        ("a handwritten Zero", 0),
+        ("3: three", 3),
+        ("", None),
+        ("no digit", None),
+        ("seven or eight", None),
+        ("1 2", None),
+        ("17", None),
+        ("someone phoned", None),
+        ("7th", 7),
+    ],
+)
+def test_the_digit_that_a_text_names(text: str, digit: int | None) -> None:
+    assert digit_of_text(text) == digit
+
+
+@given(n=st.integers(1, 400), share=st.floats(0, 1))
+def test_the_interval_is_scipys(n: int, share: float) -> None:
+    right = round(n * share)
+    expected = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(right, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_impossible_counts_are_refused() -> None:
+    for right, n in ((0, 0), (-1, 4), (5, 4)):
+        with pytest.raises(OmniformError, match="right of"):
+            wilson_interval(right, n)
+
+
+@given(seed=st.integers(0, 2**16), n_train=st.integers(2, 30), n=st.integers(1, 20))
+def test_the_copy_rate_is_that_of_a_slow_oracle(seed: int, n_train: int, n: int) -> None:
+    random = np.random.default_rng(seed)
+    train, items = random.normal(size=(n_train, 2, 2)), random.normal(size=(n, 2, 2))
+    apart = [min(np.linalg.norm(a - b) for b in np.delete(train, i, 0)) for i, a in enumerate(train)]
+    nearest = [min(np.linalg.norm(item - b) for b in train) for item in items]
+    assert copy_rate(items, train) == np.mean(np.array(nearest) < np.percentile(apart, 5))
+
+
+def test_train_items_are_copies_and_other_writers_are_not() -> None:
+    images = load_digits().images
+    assert copy_rate(images[:300], images[:1415]) == 1
+    assert copy_rate(images[1545:], images[:1415]) < 0.1
+    with pytest.raises(OmniformError, match="expected at least"):
+        copy_rate(images[:0], images)
