@@ -21,7 +21,7 @@ from omniform.data.schema import DataError, RawSample, RawSpan
 from omniform.data.sealed import seal, unseal, write_atomically
 from omniform.data.shards import ShardWriter
 from omniform.data.templates import TEST_TEMPLATES, TRAIN_TEMPLATES, render
-from omniform.data.verify import MANIFEST, file_digest
+from omniform.data.verify import MANIFEST, file_digest, verify
 from omniform.kernels.keyed_noise import keyed_bits, keyed_permutation, stream
 
 VERSION = 1
@@ -66,6 +66,9 @@ def build_digits(out: Path, seed: int = 0, copies: int = 8) -> Path:
         if (out / MANIFEST).exists():
             found = unseal(out / MANIFEST, f"remove {out} and build it again")
             if {key: found.get(key) for key in recipe} == recipe:
+                report = verify(out)
+                if not report.ok:
+                    raise DataError(f"{out} is damaged, remove it and build it again: {report.problems[0]}")
                 return out
         raise DataError(f"{out} is not empty and holds no digits-world of {recipe}: remove it or choose another folder")
     images, labels = load_digit_images()

@@ -107,8 +107,9 @@ def _shard_problems(
         yield _first_difference(shard, index_path(shard, index_dir)), str(error)
         return
     report.n_samples += len(index.samples)
-    n_damaged = 0
-    for record in index.samples:
+    n_damaged, size = 0, shard.stat().st_size
+    whole = [record for record in index.samples if record.offset + record.size <= size]
+    for record in whole:
         if record.key in seen:
             yield record.key, f"its key is also in {seen[record.key].name}: make keys unique"
         seen[record.key] = shard
@@ -116,11 +117,10 @@ def _shard_problems(
         if message is not None:
             n_damaged += 1
             yield record.key, message
-    size = shard.stat().st_size
     if size != index.size:
-        whole = [record.key for record in index.samples if record.offset + record.size <= size]
-        last = f"the last whole sample is {whole[-1]}" if whole else "not even the first sample is whole"
-        yield None, f"the file has {size} bytes, its index says {index.size}: {last}"
+        lost = [record.key for record in index.samples if record.offset + record.size > size]
+        state = f"cut short, {len(lost)} samples from here on are lost" if size < index.size else "longer than indexed"
+        yield lost[0] if lost else None, f"{state}: the file has {size} bytes, its index says {index.size}"
     elif not n_damaged and file_digest(shard) != index.sha256:
         yield None, "bytes that belong to no sample (directories or the end-of-archive mark) do not match the digest"
 
@@ -132,7 +132,7 @@ def _sample_problem(index: ShardIndex, record: SampleRecord) -> str | None:
             if span.modality == "image" and span.payload is not None:
                 open_image(span.payload)
     except SampleError as error:
-        return str(error)
+        return str(error).removeprefix(f"sample {record.key}").lstrip(": ")
     return None
 
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def test_a_finished_world_is_left_alone_and_anything_else_is_refused(world: Path
     before = contents(world)
     assert build_digits(world, seed=3, copies=3) == world
     assert contents(world) == before
+    damaged = tmp_path / "damaged"
+    shutil.copytree(world, damaged)
+    (damaged / "test" / "000000.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"is damaged, remove it and build it again: test/000000\.tar"):
+        build_digits(damaged, seed=3, copies=3)
+    shutil.rmtree(damaged)
     with pytest.raises(DataError, match="remove it or choose another folder"):
         build_digits(world, seed=5, copies=3)
     (tmp_path / "mine.txt").write_text("precious")

@@ -125,8 +125,8 @@ def test_a_cut_shard_is_named_with_the_first_sample_it_lost(tmp_path: Path) -> N
     record = ShardReader(tmp_path).shards[0].samples[2]
     shard.write_bytes(shard.read_bytes()[: record.offset])
     problems = verify(tmp_path).problems
-    assert [(problem.file, problem.sample) for problem in problems] == [("000000.tar", "k2"), ("000000.tar", None)]
-    assert "the last whole sample is k1" in problems[1].message
+    assert [(problem.file, problem.sample) for problem in problems] == [("000000.tar", "k2")]
+    assert "cut short, 1 samples from here on are lost" in problems[0].message
 
 
 def test_intact_bytes_that_make_no_sample_are_named(tmp_path: Path) -> None:
