@@ -176,9 +176,12 @@ def train(
 
     omniform train digits steps=200 optim.lr=1e-3 --out runs/try
     """
+    from omniform.preview import draw_samples
     from omniform.training.run import train as run
 
-    run(_config_file(config), overrides or [], out, dry_run=dry_run, fresh=fresh)
+    folder = run(_config_file(config), overrides or [], out, dry_run=dry_run, fresh=fresh, preview=draw_samples)
+    if not dry_run:
+        print(f"model: {folder}")
 
 
 @app.command()
@@ -193,7 +196,7 @@ def launch(
     """
     from omniform.training.launcher import launch as run
 
-    raise typer.Exit(run(nproc, command, print_only=show))
+    raise typer.Exit(run(nproc, command, dry_run=show))
 
 
 @data_app.command("build")

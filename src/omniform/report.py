@@ -160,18 +160,26 @@ def _sides(entry: Mapping[str, Any]) -> tuple[Mapping[str, str], Mapping[str, st
 
 def _tokenizers(folder: Path) -> str:
     parts = []
-    for figures in sorted(folder.glob("tokenizers/*/evaluation/metrics.json")):
-        values = [(key, value) for key, value in _read_json(figures).items() if isinstance(value, int | float | str)]
-        rows = [(html.escape(key.replace("_", " ")), _number(value)) for key, value in values]
+    for figures in sorted(folder.glob("tokenizers/*/evaluation/tokenizer.json")):
+        rows = [(label, _number(value)) for label, value in _flat(_read_json(figures))]
         pictures = "".join(
-            f'<p><img class="wide" src="{_data_url(picture)}" alt="before and after {html.escape(picture.stem)}"></p>'
+            f'<p><img class="wide" src="{_data_url(picture)}" alt="{html.escape(picture.stem)}"></p>'
             for picture in sorted(figures.parent.glob("*.png"))
         )
-        note = '<p class="note">Originals above, what the codes give back below.</p>' if pictures else ""
+        note = '<p class="note">Held-out originals, and what their codes give back.</p>' if pictures else ""
         parts.append(
             f"<h3>{html.escape(figures.parent.parent.name)}</h3>{_table(('figure', ''), rows)}{note}{pictures}"
         )
     return f"<h2>Tokenizers</h2>{''.join(parts)}" if parts else ""
+
+
+def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float | str]]:
+    for key, value in figures.items():
+        label = html.escape(f"{prefix}{key.replace('_', ' ')}")
+        if isinstance(value, int | float | str):
+            yield label, value
+        elif isinstance(value, Mapping) and key != "per_class":
+            yield from _flat(value, f"{label}: ")
 
 
 def _curves(folder: Path) -> str:
@@ -185,9 +193,14 @@ def _curves(folder: Path) -> str:
                 if key.startswith("loss/") and value is not None:
                     series.setdefault(key.removeprefix("loss/"), []).append((record["step"], value))
         charts += [line_chart(points, f"{run}: {name}") for name, points in series.items()]
-    if not charts:
-        return ""
-    return f'<h2>Loss while training</h2><div class="charts">{"".join(charts)}</div>'
+    parts = [f'<h2>Loss while training</h2><div class="charts">{"".join(charts)}</div>'] if charts else []
+    pictures = sorted(folder.glob("run/samples/step-*/images.png"), key=lambda path: int(path.parent.name[5:]))
+    if pictures:
+        parts.append('<h3>What the model drew on the way</h3><p class="note">The same prompts and noise each time.</p>')
+    for picture in pictures:
+        step = html.escape(picture.parent.name.replace("-", " "))
+        parts.append(f'<p>{step}<br><img class="wide" src="{_data_url(picture)}" alt="samples at {step}"></p>')
+    return "".join(parts)
 
 
 def _stages(stages: Mapping[str, Any]) -> str:

@@ -1,0 +1,221 @@
+"""`omniform demo`: data, tokenizers, model, evaluation and report, each stage done once.
+
+    OUT/data   OUT/tokenizers/{text,image}   OUT/run   OUT/model   OUT/metrics.json   OUT/report.html
+
+A stage is identified by a digest of its settings and of all stages before it. It is skipped when the one that
+OUT/stages.json calls finished has that digest, continued when the one that was begun has it, and made anew otherwise.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from omniform import __version__
+from omniform.data.digits import build_digits
+from omniform.data.sealed import write_atomically
+from omniform.inference.evaluation import evaluate_any_to_any
+from omniform.inference.generate import load
+from omniform.inference.tokenizer_evaluation import evaluate_tokenizer
+from omniform.preview import draw_samples
+from omniform.report import cells_as_text, write_report
+from omniform.training.run import train
+from omniform.training.tokenizer_task import train_tokenizer
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_OUT = Path("runs/demo")
+MODALITIES = ("text", "image")
+_PROMPTS = tuple(f"the digit {digit}" for digit in range(10))
+_TINY_STEPS = ("steps=4", "optim.warmup_steps=1", "rows_per_step=4", "engine.micro_batch_rows=4", "log.every=1")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step on the way.
+
+    Attributes:
+        settings: everything that its result depends on, besides the stages before it.
+        outputs: what exists once it is done.
+        run: carries it out; `fresh` tells to delete what an earlier, different run left.
+    """
+
+    name: str
+    settings: object
+    outputs: tuple[Path, ...]
+    run: Callable[[bool], object]
+
+
+def run_demo(out: Path, fresh: bool = False, size: Literal["full", "tiny"] = "full") -> Path:
+    """Go from nothing to a trained model and its report, and return the report's path.
+
+    Args:
+        out: folder for everything; what is finished in it is kept, what was begun goes on.
+        fresh: do all stages anew.
+        size: "tiny" takes the same path with very few steps: its model has learnt nothing.
+
+    Raises:
+        OmniformError: a stage could not be carried out; the stages before it stay done.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    run_stages(_stages(out, size), out / "stages.json", fresh=fresh)
+    report = write_report(out, _commands(out, size))
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    print(f"\n{cells_as_text(metrics)}\n\nreport: {report}\nmodel:  {out / 'model'}\n\nTry next:")
+    for command in _next_commands(out):
+        print(f"  {command}")
+    return report
+
+
+def run_stages(stages: Sequence[Stage], record: Path, *, fresh: bool = False) -> None:
+    """Carry out the stages that `record` does not know as finished, in order, and note time and memory of each.
+
+    Args:
+        record: JSON file, {stage: {"digest", "done", "seconds", "peak_mib"}}, seconds summed over interruptions.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    if record.exists() and not fresh:
+        known = json.loads(record.read_text(encoding="utf-8"))
+    digest = ""
+    for number, stage in enumerate(stages, start=1):
+        settings = json.dumps([digest, stage.name, stage.settings], default=str)
+        digest = hashlib.sha256(settings.encode()).hexdigest()
+        before = known.get(stage.name, {})
+        begun = before.get("digest") == digest
+        title = f"[{number}/{len(stages)}] {stage.name}"
+        if begun and before["done"] and all(output.exists() for output in stage.outputs):
+            print(f"{title}: done before, in {before['seconds']:.0f} s", flush=True)
+            continue
+        print(f"{title} ...", flush=True)
+        spent = before["seconds"] if begun and not before["done"] else 0.0
+        entry: dict[str, Any] = {"digest": digest, "done": False, "seconds": spent, "peak_mib": 0.0}
+        known[stage.name] = entry
+        started = time.monotonic()
+        _write_record(record, known)
+        try:
+            stage.run(not begun)
+            entry["done"] = True
+        finally:
+            entry["seconds"] = round(spent + time.monotonic() - started, 2)
+            entry["peak_mib"] = _peak_mib()
+            _write_record(record, known)
+        print(f"{title}: {entry['seconds']:.0f} s, peak memory {entry['peak_mib']:,.0f} MiB", flush=True)
+
+
+def _stages(out: Path, size: str) -> list[Stage]:
+    data, model = out / "data", out / "model"
+    tiny = size == "tiny"
+    copies, limit = (1, 20) if tiny else (8, None)
+    configs = {f"{name} tokenizer": f"tokenizers/digits-{name}" for name in MODALITIES} | {"model": "digits"}
+    # The text tokenizer is not trained in steps.
+    short = {"image tokenizer": _TINY_STEPS, "model": _TINY_STEPS} if tiny else {}
+    overrides = {name: [*_moved_to(out, file), *short.get(name, ())] for name, file in configs.items()}
+    recipe = {
+        name: [(CONFIGS / f"{file}.yaml").read_text(encoding="utf-8"), overrides[name]]
+        for name, file in configs.items()
+    }
+
+    def tokenizer_stage(modality: str) -> Stage:
+        name, run_folder = f"{modality} tokenizer", out / "tokenizers" / modality
+        config = CONFIGS / f"{configs[name]}.yaml"
+
+        def run(fresh: bool) -> None:
+            folder = train_tokenizer(config, overrides[name], run_folder, fresh=fresh)
+            evaluate_tokenizer(folder, data, out=run_folder / "evaluation")
+
+        return Stage(name, recipe[name], (run_folder / "tokenizer", run_folder / "evaluation/tokenizer.json"), run)
+
+    def build(fresh: bool) -> None:
+        if fresh:
+            shutil.rmtree(data, ignore_errors=True)
+        build_digits(data, copies=copies)
+
+    def fit(fresh: bool) -> None:
+        preview = functools.partial(draw_samples, prompts=_PROMPTS)
+        trained = train(CONFIGS / "digits.yaml", overrides["model"], out / "run", fresh=fresh, preview=preview)
+        _replace_folder(trained, model)
+
+    def evaluate(fresh: bool) -> None:
+        evaluate_any_to_any(load(model), data, limit=limit, out=out / "metrics.json")
+
+    return [
+        Stage("data", [__version__, copies], (data / "manifest.json",), build),
+        *(tokenizer_stage(modality) for modality in MODALITIES),
+        Stage("model", recipe["model"], (model / "manifest.sha256",), fit),
+        Stage("evaluation", limit, (out / "metrics.json", out / "samples.json"), evaluate),
+    ]
+
+
+def _moved_to(out: Path, config: str) -> list[str]:
+    """Return overrides that turn a shipped config's paths below runs/demo into paths below `out`."""
+    if out == DEFAULT_OUT:
+        return []
+    content = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text(encoding="utf-8"))
+    moved = {key: _replace_prefix(value, out) for key, value in content.items()}
+    return [f"{key}={json.dumps(value)}" for key, value in moved.items() if value != content[key]]
+
+
+def _replace_prefix(value: Any, out: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _replace_prefix(entry, out) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_replace_prefix(entry, out) for entry in value]
+    if isinstance(value, str) and Path(value).is_relative_to(DEFAULT_OUT):
+        return str(out / Path(value).relative_to(DEFAULT_OUT))
+    return value
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Make `target` a copy of `source`; a crash leaves the old one, the new one or none, never half of one."""
+    draft = target.with_name(f".{target.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(source, draft)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(draft, target)
+
+
+def _write_record(path: Path, content: object) -> None:
+    write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
+
+
+def _peak_mib() -> float:
+    """Return the most memory that this process has held at once, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _commands(out: Path, size: str) -> list[str]:
+    tiny = ["--size tiny"] if size == "tiny" else []
+    options = [*([] if out == DEFAULT_OUT else [f"--out {out}"]), *tiny]
+    return [
+        "make demo" if not options else f"omniform demo {' '.join(options)}",
+        "",
+        "# or one stage after the other, with the shipped configs:",
+        f"omniform data build digits --out {DEFAULT_OUT}/data",
+        *(
+            f"omniform tokenizer train tokenizers/digits-{name} --out {DEFAULT_OUT}/tokenizers/{name}"
+            for name in MODALITIES
+        ),
+        f"omniform train digits --out {DEFAULT_OUT}/run",
+        f"omniform eval {DEFAULT_OUT}/run/model --data {DEFAULT_OUT}/data --out {DEFAULT_OUT}/metrics.json",
+    ]
+
+
+def _next_commands(out: Path) -> list[str]:
+    model = out / "model"
+    return [
+        f'omniform generate {model} "a handwritten seven" --to image --out seven.png',
+        f"omniform generate {model} @seven.png --to text",
+        f'omniform generate {model} "a picture of a three" --to image --n 8 --out three.png',
+        f"omniform eval {model} --data {out / 'data'}",
+        f"omniform data preview {out / 'data'}",
+    ]

@@ -1,0 +1,46 @@
+"""Samples of a model while it trains."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from omniform.inference.generate import Model
+from omniform.modeling.folder import LoadedModel
+
+_SCALE, _COLUMNS = 4, 10
+UNCONDITIONAL: tuple[object, ...] = ([],) * 10
+
+
+def draw_samples(loaded: LoadedModel, folder: Path, prompts: Sequence[object] = UNCONDITIONAL) -> None:
+    """Write images.png with an image for each prompt, and text.txt with what the model says about each of them.
+
+    A model that has no images writes what it says about the prompts. Seed 0: what differs from one time to the next
+    is the model.
+
+    Args:
+        folder: created if need be.
+        prompts: in any form of a prompt; unconditional ones unless given.
+    """
+    model = Model(loaded)
+    folder.mkdir(parents=True, exist_ok=True)
+    if "image" in model.modalities:
+        images = [reply.images[0] for reply in model.generate_batch(prompts, "image", seed=0)]
+        image_grid(images).save(folder / "images.png")
+        prompts = images
+    lines = [" ".join(reply.text.split()) for reply in model.generate_batch(prompts, "text", seed=0)]
+    (folder / "text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def image_grid(images: Sequence[Image.Image], columns: int = _COLUMNS, scale: int = _SCALE) -> Image.Image:
+    """Return images of one size side by side, row by row, enlarged without smoothing, with a gap of `scale` pixels."""
+    width, height = ((side + 1) * scale for side in images[0].size)
+    n_columns, n_rows = min(columns, len(images)), -(-len(images) // columns)
+    background: Any = 128 if images[0].mode == "L" else (128, 128, 128)
+    grid = Image.new(images[0].mode, (n_columns * width + scale, n_rows * height + scale), background)
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        enlarged = image.resize((width - scale, height - scale), Image.Resampling.NEAREST)
+        grid.paste(enlarged, (column * width + scale, row * height + scale))
+    return grid

@@ -1,0 +1,103 @@
+"""The command line: helpful to a stranger, quick to answer, one line and a status for what went wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from omniform.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = typer.main.get_command(app)
+
+
+def paths(group: object, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for name, command in getattr(group, "commands", {}).items():
+        found += [(*prefix, name), *paths(command, (*prefix, name))]
+    return found
+
+
+def omniform(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    return subprocess.run(
+        [sys.executable, "-m", "omniform.cli", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("path", [(), *paths(COMMAND)], ids=" ".join)
+def test_every_command_explains_itself(path: tuple[str, ...]) -> None:
+    shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert "Usage: " in shown.output
+    command: object = COMMAND
+    for name in path:
+        command = command.commands[name]  # type: ignore[attr-defined]
+    assert all(parameter.help for parameter in command.params if parameter.name != "help")  # type: ignore[attr-defined]
+
+
+def test_help_of_every_command_leaves_torch_alone() -> None:
+    program = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from omniform.cli import app\n"
+        f"for path in {[(), *paths(COMMAND)]!r}: assert CliRunner().invoke(app, [*path, '--help']).exit_code == 0\n"
+        "heavy = {'torch', 'numpy', 'deepspeed', 'diffusers', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hints"),
+    [
+        (["tran"], ["train"]),
+        (["train", "--ot", "x"], ["--out"]),
+        (["data", "build", "digit", "--out", "x"], ["digits"]),
+        (["train", "no-such-config"], ["no-such-config", "expected"]),
+        (["train", "missing.yaml"], ["missing.yaml"]),
+        (["launch", "--", "eval", "x"], ["train"]),
+        (["generate", "no-such-folder", "a three"], ["no-such-folder"]),
+        (["data", "info", "no-such-folder"], ["no-such-folder"]),
+        (["bench", "no-such-benchmark"], ["no-such-benchmark", "expected"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_mistake_is_answered_on_stderr_with_status_2(arguments: list[str], hints: list[str], tmp_path: Path) -> None:
+    done = omniform(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert all(hint in done.stderr for hint in hints), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_extra_is_named_with_the_command_that_brings_it() -> None:
+    program = (
+        "import sys; sys.modules['sklearn'] = None\n"
+        "from omniform.cli import app, main\n"
+        "@app.command('ask')\n"
+        "def ask(): import sklearn\n"
+        "sys.argv = ['omniform', 'ask']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "omniform[demo]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_control_c_gives_status_130_and_no_traceback() -> None:
+    program = (
+        "import sys\n"
+        "from omniform.cli import app, main\n"
+        "@app.command('wait')\n"
+        "def wait(): raise KeyboardInterrupt\n"
+        "sys.argv = ['omniform', 'wait']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
