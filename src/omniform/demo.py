@@ -68,7 +68,8 @@ def run_demo(out: Path, fresh: bool = False, size: Literal["full", "tiny"] = "fu
     """
     out.mkdir(parents=True, exist_ok=True)
     run_stages(_stages(out, size), out / "stages.json", fresh=fresh)
-    report = write_report(out, _commands(out, size))
+    note = "Size tiny: a few steps of everything. The model has learnt nothing yet." if size == "tiny" else ""
+    report = write_report(out, _commands(out, size), note)
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     print(f"\n{cells_as_text(metrics)}\n\nreport: {report}\nmodel:  {out / 'model'}\n\nTry next:")
     for command in _next_commands(out):

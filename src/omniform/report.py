@@ -10,6 +10,7 @@ from typing import Any
 
 REPORT = "report.html"
 _N_PER_DIGIT = 6
+_LONGEST_TEXT = 80
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --quiet: #5c6570; --paper: #ffffff; --panel: #f4f6f8;
@@ -29,7 +30,7 @@ p, .note { max-width: 46rem; } .note { color: var(--quiet); font-size: .92rem; }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .3rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--quiet); font-weight: 600; font-size: .88rem; } th:first-child, td:first-child { text-align: left; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .7rem; margin: .5rem 0; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.8rem, 1fr)); gap: .6rem; margin: .5rem 0; }
 figure { margin: 0; padding: .5rem; background: var(--panel); border-radius: .5rem;
   border-left: 4px solid var(--right); }
 figure.wrong { border-left-color: var(--wrong); }
@@ -47,18 +48,19 @@ details summary { cursor: pointer; color: var(--accent); }
 """
 
 
-def write_report(folder: Path, commands: Sequence[str]) -> Path:
+def write_report(folder: Path, commands: Sequence[str], note: str = "") -> Path:
     """Write report.html from what the demo left in `folder`, and return its path.
 
     Args:
         folder: holds metrics.json, samples.json, stages.json, and log.jsonl files and tokenizer figures where there
             are any.
         commands: what repeats the run, shown as it is.
+        note: what a reader must know before the figures.
     """
     metrics, samples = _read_json(folder / "metrics.json"), _read_json(folder / "samples.json")
     stages = _read_json(folder / "stages.json")
     sections = [
-        _headline(metrics, stages),
+        _headline(metrics, stages, note),
         _cells(metrics),
         _samples(samples),
         _tokenizers(folder),
@@ -95,7 +97,7 @@ def _figures(cell: Mapping[str, Any]) -> tuple[str, ...]:
     return (*figures, _percent(cell["ceiling"]), ratio, copies)
 
 
-def _headline(metrics: Mapping[str, Any], stages: Mapping[str, Any]) -> str:
+def _headline(metrics: Mapping[str, Any], stages: Mapping[str, Any], note: str) -> str:
     cells = metrics["cells"]
     tiles = [
         (_percent(cell["accuracy"]), f"{_arrow(name)}, of {_percent(cell['ceiling'])} possible")
@@ -108,7 +110,7 @@ def _headline(metrics: Mapping[str, Any], stages: Mapping[str, Any]) -> str:
         "<header><h1>One small transformer, trained here</h1><p>It learnt from scratch, on this machine, to draw "
         "handwritten digits from captions and to caption drawings. Everything below was measured on the "
         f"{html.escape(metrics['split'])} split: writers and wordings that it never saw in training.</p>"
-        f'<div class="tiles">{shown}</div></header>'
+        f'{f"<p><strong>{html.escape(note)}</strong></p>" if note else ""}<div class="tiles">{shown}</div></header>'
     )
 
 
@@ -134,14 +136,15 @@ def _cells(metrics: Mapping[str, Any]) -> str:
 def _samples(samples: Mapping[str, Any]) -> str:
     parts = ["<h2>Samples</h2>", '<p class="note">As they came, with the failures; none was chosen by hand.</p>']
     for name, entries in samples.items():
-        wrong = [entry for entry in entries if entry["judged"] != entry["digit"]]
         parts.append(f"<h3>{_arrow(name)}</h3>")
+        failures = []
         for digit in sorted({entry["digit"] for entry in entries}):
-            own = [entry for entry in entries if entry["digit"] == digit][:_N_PER_DIGIT]
-            parts.append(f'<div class="grid">{"".join(map(_sample, own))}</div>')
-        if wrong:
-            parts.append(f"<h3>{_arrow(name)}: every failure among these {len(entries)}</h3>")
-            parts.append(f'<div class="grid">{"".join(map(_sample, wrong))}</div>')
+            own = [entry for entry in entries if entry["digit"] == digit]
+            parts.append(f'<div class="grid">{"".join(map(_sample, own[:_N_PER_DIGIT]))}</div>')
+            failures += [entry for entry in own[_N_PER_DIGIT:] if entry["judged"] != digit]
+        if failures:
+            parts.append(f"<h3>{_arrow(name)}: the other failures among the first {len(entries)}</h3>")
+            parts.append(f'<div class="grid">{"".join(map(_sample, failures))}</div>')
     return "".join(parts)
 
 
@@ -150,8 +153,14 @@ def _sample(entry: Mapping[str, Any]) -> str:
     verdict = "no digit named" if entry["judged"] is None else f"judged {entry['judged']}"
     shown = f"<em>{'wrong' if wrong else 'right'}: {verdict}</em>"
     pictures = "".join(f'<img src="{html.escape(p["image"])}" alt="">' for p in _sides(entry) if "image" in p)
-    texts = " &rarr; ".join(html.escape(p["text"]) or "(nothing)" for p in _sides(entry) if "text" in p)
+    texts = " &rarr; ".join(html.escape(_shortened(p["text"])) for p in _sides(entry) if "text" in p)
     return f"<figure{' class=wrong' if wrong else ''}>{pictures}<figcaption>{texts}<br>{shown}</figcaption></figure>"
+
+
+def _shortened(text: str) -> str:
+    """Return at most `_LONGEST_TEXT` characters, all of which can be shown."""
+    shown = "".join(character if character.isprintable() else "\ufffd" for character in text)
+    return (shown if len(shown) <= _LONGEST_TEXT else f"{shown[:_LONGEST_TEXT]}...") or "(nothing)"
 
 
 def _sides(entry: Mapping[str, Any]) -> tuple[Mapping[str, str], Mapping[str, str]]:

@@ -1,0 +1,130 @@
+"""The demo: stages are done once and in order, and what it and the README say to try works."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from omniform.cli import app
+from omniform.demo import Stage, run_stages
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+class Workshop:
+    """Stages a -> b -> c that each write a file, and a record of what ran, with what `fresh`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ran = folder, list[tuple[str, bool]]()
+        self.settings, self.broken = {"a": 1, "b": 1, "c": 1}, ""
+
+    def run(self, *, fresh: bool = False) -> list[tuple[str, bool]]:
+        """Go through the stages and return what ran this time."""
+        self.ran = []
+        stages = [Stage(n, self.settings[n], (self.folder / n,), self._maker(n)) for n in ("a", "b", "c")]
+        run_stages(stages, self.folder / "stages.json", fresh=fresh)
+        return self.ran
+
+    def _maker(self, name: str) -> Any:
+        def make(fresh: bool) -> None:
+            self.ran.append((name, fresh))
+            if self.broken == name:
+                raise RuntimeError(name)
+            (self.folder / name).touch()
+
+        return make
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path)
+
+
+def test_finished_stages_are_not_done_again(workshop: Workshop) -> None:
+    assert workshop.run() == [("a", True), ("b", True), ("c", True)]
+    assert workshop.run() == []
+    assert workshop.run(fresh=True) == [("a", True), ("b", True), ("c", True)]
+
+
+def test_an_interrupted_stage_goes_on_and_its_time_adds_up(workshop: Workshop) -> None:
+    workshop.broken = "b"
+    with pytest.raises(RuntimeError):
+        workshop.run()
+    record = workshop.folder / "stages.json"
+    content = json.loads(record.read_text())
+    assert [(name, entry["done"]) for name, entry in content.items()] == [("a", True), ("b", False)]
+    content["b"]["seconds"] = 1000.0
+    record.write_text(json.dumps(content))
+    workshop.broken = ""
+    assert workshop.run() == [("b", False), ("c", True)]
+    assert 1000 <= json.loads(record.read_text())["b"]["seconds"] < 1100
+
+
+def test_changed_settings_redo_a_stage_and_all_after_it(workshop: Workshop) -> None:
+    workshop.run()
+    workshop.settings["b"] = 2
+    assert workshop.run() == [("b", True), ("c", True)]
+
+
+def test_a_lost_output_is_made_again(workshop: Workshop) -> None:
+    workshop.run()
+    (workshop.folder / "b").unlink()
+    assert workshop.run() == [("b", False)]
+
+
+def test_tiny_demo_goes_all_the_way_and_what_it_suggests_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "omniform.cli", "demo", "--size", "tiny"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    demo = tmp_path / "runs" / "demo"
+    metrics = json.loads((demo / "metrics.json").read_text())
+    assert metrics["suite"] == "any-to-any"
+    assert set(metrics["cells"]) == {"text->image", "image->text", "text->text"}
+    assert "learnt nothing" in (demo / "report.html").read_text()
+
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert again.stdout.count("done before") == 5
+
+    monkeypatch.chdir(tmp_path)
+    suggested = [line.strip() for line in again.stdout.partition("Try next:")[2].splitlines() if line.strip()]
+    assert len(suggested) == 5
+    for line in suggested:
+        if "omniform eval" not in line:
+            done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
+            assert done.exit_code == 0, done.output
+    assert (tmp_path / "seven.png").read_bytes().startswith(b"\x89PNG")
+    (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(program, {})
+
+
+def shown_commands() -> list[list[str]]:
+    blocks = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("omniform ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("arguments", shown_commands(), ids=" ".join)
+def test_readme_shows_commands_and_options_that_exist(arguments: list[str]) -> None:
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        assert arguments[0] in command.commands
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    options = {option for parameter in command.params for option in parameter.opts}
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    assert {argument for argument in own if argument.startswith("--")} <= options
+
+
+def test_readme_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
