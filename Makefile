@@ -30,4 +30,4 @@ bench: $(STAMP)  ## paired ratios, each measured in one process
 	@for name in $(BENCH); do OMP_NUM_THREADS=1 $(BIN)/omniform bench $$name || exit 1; done
 
 drills: $(STAMP)  ## long fault injection
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m drill --timeout 3000
