@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+from torch import nn
 
 from omniform.errors import OmniformError
 from omniform.modeling.model import UnifiedModel
@@ -69,10 +70,11 @@ class Forecast:
 def forecast(model: UnifiedModel, config: TrainConfig, world_size: int, *, free_disk: int) -> Forecast:
     """Return the figures of a run, in well under ten seconds and without its weights.
 
-    FLOPs of a step: 6 per parameter and token, and 12 * layers * row_length * heads * head_dim per token for attention
-    (PaLM, arXiv:2204.02311, appendix B), as if every token attended to its whole row. Memory of the state follows ZeRO
-    (arXiv:1910.02054, section 5); that of activations is 34 values of 2 bytes per token, dimension and layer
-    (arXiv:2205.05198, equation 2, without its attention scores), twice that in fp32.
+    FLOPs of a step: 6 per parameter and token, embedding tables apart, and 12 * layers * row_length * heads * head_dim
+    per token for attention (PaLM, arXiv:2204.02311, appendix B), as if every token attended to its whole row and had
+    its logits over the whole vocabulary. Memory of the state follows ZeRO (arXiv:1910.02054, section 5); that of
+    activations is 34 bytes per token, dimension and layer (arXiv:2205.05198, equation 2, without its
+    attention scores), twice that in fp32.
 
     Args:
         model: may be on the meta device.
@@ -87,7 +89,8 @@ def forecast(model: UnifiedModel, config: TrainConfig, world_size: int, *, free_
     precision, stage = resolve_precision(config), config.engine.zero_stage
     tokens_per_step = config.rows_per_step * config.data.row_length
     attention_width = decoder.n_heads * decoder.dim_per_head
-    flops_per_token = 6 * n + 12 * decoder.n_layers * attention_width * config.data.row_length
+    looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    flops_per_token = 6 * (n - looked_up) + 12 * decoder.n_layers * attention_width * config.data.row_length
     micro_tokens = config.engine.micro_batch_rows * config.data.row_length
     n_averages = 1 if config.optim.ema_decay is not None else 0
     checkpoint_bytes = 4 * n * (3 + n_averages)

@@ -59,7 +59,9 @@ def train(
         with torch.device("meta"):
             model = UnifiedModel(config.model, vocabulary)
         n_samples = sum(len(ShardReader(source.path, source.index_dir)) for source in config.data.sources)
-        print(forecast(model, config, world_size, free_disk=_free_disk(out)).text(n_samples))
+        figures = forecast(model, config, world_size, free_disk=_free_disk(out))
+        if is_first_process():
+            print(figures.text(n_samples))
         return out / "model"
 
     torch.manual_seed(config.seed)

@@ -1,0 +1,193 @@
+"""Training from a YAML file to a model folder, on a small world with a real text and a random image tokenizer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import omniform
+from omniform.data.digits import build_digits
+from omniform.errors import OmniformError
+from omniform.modeling.config import parse_config
+from omniform.modeling.folder import LoadedModel
+from omniform.modeling.model import UnifiedModel
+from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from omniform.training.config import TrainConfig
+from omniform.training.forecast import forecast
+from omniform.training.run import train
+from omniform.training.run_folder import RunFolderError
+from omniform.training.tokenizer_task import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    build_digits(folder / "data", copies=1)
+    text = {"kind": "sentencepiece", "name": "text", "data": [f"{folder}/data/train-text"], "vocab_size": 300}
+    (folder / "text.yaml").write_text(yaml.safe_dump(text))
+    text_folder = train_tokenizer(folder / "text.yaml", out=folder / "text")
+    torch.manual_seed(0)
+    image_config = ImageTokenizerConfig(channels=1, image_size=16, widths=(8, 8))
+    ImageTokenizer(image_config, image_config.build()).save(folder / "image")
+    config = {
+        "name": "tiny",
+        "steps": 4,
+        "rows_per_step": 4,
+        "model": {
+            "decoder": {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "ffn_dim": 48},
+            "objectives": {"text": "next_token", "image": "masked"},
+        },
+        "tokenizers": {"text": str(text_folder), "image": f"{folder}/image"},
+        "data": {
+            "row_length": 96,
+            "sources": [
+                {"path": f"{folder}/data/train", "tasks": {"text->image": 1.0, "image->text": 1.0}},
+                {"path": f"{folder}/data/train-text", "tasks": {"text->text": 1.0}, "weight": 0.2},
+            ],
+        },
+        "generation": {"image": {"guidance_scale": 2.0}},
+        "engine": {"precision": "fp32", "micro_batch_rows": 2},
+        "cache_dir": f"{folder}/tokens",
+        "log": {"every": 1, "samples_every": 2},
+        "checkpoint": {"every": 2},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def trained(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[bool, Path]]]:
+    out, previews = tmp_path_factory.mktemp("run"), []
+    train(config_file, out=out, preview=lambda model, folder: previews.append((isinstance(model, LoadedModel), folder)))
+    return out, previews
+
+
+def test_run_folder_holds_a_model_that_generates(trained: tuple[Path, list]) -> None:
+    out, previews = trained
+    assert {"config.yaml", "log.jsonl", "checkpoints", "model", "tensorboard"} <= {p.name for p in out.iterdir()}
+    assert previews == [(True, out / "samples" / "step-2"), (True, out / "samples" / "step-4")]
+    model = omniform.load(out / "model")
+    assert model.defaults["image"].guidance_scale == 2.0
+    assert model.max_sequence_length == 96
+    [image] = model.generate("a seven", to="image", seed=0).images
+    assert np.asarray(image).shape[:2] == (16, 16)
+    average = load_file(out / "checkpoints" / "step-4" / "ema.safetensors")
+    stored = load_file(out / "model" / "model.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in average.items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_stages_and_micro_batches_take_the_same_steps(
+    config_file: Path, trained: tuple[Path, list], tmp_path: Path, stage: int
+) -> None:
+    train(config_file, [f"engine.zero_stage={stage}", "engine.micro_batch_rows=4"], tmp_path)
+    ours, theirs = (
+        [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (tmp_path, trained[0])
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        # fp32 rounding of sums in another order
+        for key in ("loss/text", "loss/image", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
+def test_continued_run_has_the_same_end(config_file: Path, trained: tuple[Path, list], tmp_path: Path) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(model: LoadedModel, folder: Path) -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(config_file, out=tmp_path, preview=interrupt)
+    assert not (tmp_path / "model").exists()
+    train(config_file, out=tmp_path)
+    for name in ("model/model.safetensors", "checkpoints/step-4/weights.safetensors"):
+        assert (tmp_path / name).read_bytes() == (trained[0] / name).read_bytes()
+
+
+def test_launched_processes_train_the_same_model(config_file: Path, trained: tuple[Path, list], tmp_path: Path) -> None:
+    command = ["launch", "--nproc", "2", "--", "train", str(config_file), "engine.zero_stage=3", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "omniform.cli", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(out / "model" / "model.safetensors") for out in (tmp_path, trained[0]))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_dry_run_writes_nothing_and_counts_what_is_built(
+    config_file: Path, trained: tuple[Path, list], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config_file, out=tmp_path / "run", dry_run=True)
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    model = omniform.load(trained[0] / "model").network
+    n = sum(p.numel() for p in model.parameters())
+    assert f"parameters  {n:,} (" in printed
+    config = parse_config(TrainConfig, config_file.read_text())
+    figures = forecast(model, config, 1, free_disk=10**12)
+    checkpoint = trained[0] / "checkpoints" / "step-4"
+    stored = sum(p.stat().st_size for p in checkpoint.iterdir())
+    # Headers, digests and random state are beside the tensors.
+    assert figures.checkpoint_bytes <= stored < figures.checkpoint_bytes + 40_000
+    with pytest.raises(OmniformError, match="two checkpoints take"):
+        forecast(model, config, 1, free_disk=figures.checkpoint_bytes)
+
+
+def test_forecast_flops_are_those_that_torch_counts(config_file: Path, trained: tuple[Path, list]) -> None:
+    network: UnifiedModel = omniform.load(trained[0] / "model").network
+    config = parse_config(TrainConfig, config_file.read_text())
+    tokens = config.data.row_length - 1  # text_logits adds the begin marker
+    # The counter knows matrix products, so attention must be made of them.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network.text_logits(torch.zeros(1, tokens, dtype=torch.int64)).sum().backward()
+    counted = counter.get_total_flops()
+    # Heads of other modalities are not run here, and the forecast counts every id of the vocabulary in its head.
+    unused = 6 * 32 * (network.vocabulary.size - network.vocabulary.text_size) * config.data.row_length
+    figures = forecast(network, config, 1, free_disk=10**12)
+    per_row = figures.flops_per_step / config.rows_per_step
+    assert per_row - unused == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lerning_rate=1", "optim.lerning_rate: unknown key"),
+        ("optim.lr=-1", "optim.lr: .*greater than 0"),
+        ("optim.warmup_steps=4", "warmup_steps is 4, expected fewer than steps = 4"),
+        ("rows_per_step=5", "rows_per_step is 5, expected a multiple"),
+        ("tokenizers.image=/nowhere", "/nowhere"),
+        ("model.objectives={text: next_token}", "model.objectives is for"),
+        ("engine={zero_stage: 0, precision: bf16}", "bf16 at zero_stage 0"),
+    ],
+)
+def test_bad_config_fails_before_anything_is_written(
+    config_file: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(OmniformError, match=message):
+        train(config_file, [override], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokenizer_under_another_name_is_refused(config_file: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load(config_file.read_text())
+    swapped = [f"tokenizers.text={config['tokenizers']['image']}"]
+    with pytest.raises(OmniformError, match="holds a tokenizer for image: expected one for text"):
+        train(config_file, swapped, tmp_path / "run")
+
+
+def test_changed_config_names_the_change(config_file: Path, trained: tuple[Path, list]) -> None:
+    with pytest.raises(RunFolderError, match=r"-seed: 0\n\+seed: 1"):
+        train(config_file, ["seed=1"], trained[0])
+
+
+def test_missing_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OmniformError, match=r"nothing\.yaml cannot be read"):
+        train(tmp_path / "nothing.yaml")
