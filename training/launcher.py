@@ -64,6 +64,7 @@ def launch(n_processes: int, arguments: Sequence[str], *, dry_run: bool = False)
         return 128 + int(stopped.sigval)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        print(f"process {rank} failed with exit status {failure.exitcode}; its message is above", file=sys.stderr)
+        how = f"exit status {failure.exitcode}" if failure.exitcode > 0 else f"signal {-failure.exitcode}"
+        print(f"process {rank} ended with {how}, and the others were stopped", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
