@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import resource
+import shlex
 import shutil
 import sys
 import time
@@ -196,7 +197,7 @@ def _peak_mib() -> float:
 
 def _commands(out: Path, size: str) -> list[str]:
     tiny = ["--size tiny"] if size == "tiny" else []
-    options = [*([] if out == DEFAULT_OUT else [f"--out {out}"]), *tiny]
+    options = [*([] if out == DEFAULT_OUT else [f"--out {shlex.quote(str(out))}"]), *tiny]
     return [
         "make demo" if not options else f"omniform demo {' '.join(options)}",
         "",
@@ -212,11 +213,11 @@ def _commands(out: Path, size: str) -> list[str]:
 
 
 def _next_commands(out: Path) -> list[str]:
-    model = out / "model"
+    model, data = shlex.quote(str(out / "model")), shlex.quote(str(out / "data"))
     return [
         f'omniform generate {model} "a handwritten seven" --to image --out seven.png',
         f"omniform generate {model} @seven.png --to text",
         f'omniform generate {model} "a picture of a three" --to image --n 8 --out three.png',
-        f"omniform eval {model} --data {out / 'data'}",
-        f"omniform data preview {out / 'data'}",
+        f"omniform eval {model} --data {data}",
+        f"omniform data preview {data}",
     ]

@@ -82,11 +82,11 @@ def test_a_lost_output_is_made_again(workshop: Workshop) -> None:
 
 
 def test_tiny_demo_goes_all_the_way_and_what_it_suggests_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-m", "omniform.cli", "demo", "--size", "tiny"]
+    demo = tmp_path / "runs" / "my demo"  # a space, which the commands that it prints must survive
+    command = [sys.executable, "-m", "omniform.cli", "demo", "--size", "tiny", "--out", str(demo)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
-    demo = tmp_path / "runs" / "demo"
     metrics = json.loads((demo / "metrics.json").read_text())
     assert metrics["suite"] == "any-to-any"
     assert set(metrics["cells"]) == {"text->image", "image->text", "text->text"}
@@ -104,7 +104,7 @@ def test_tiny_demo_goes_all_the_way_and_what_it_suggests_works(tmp_path: Path, m
             assert done.exit_code == 0, done.output
     assert (tmp_path / "seven.png").read_bytes().startswith(b"\x89PNG")
     (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(program, {})
+    exec(program.replace("runs/demo/model", str(demo / "model")), {})
 
 
 def shown_commands() -> list[list[str]]:
