@@ -25,9 +25,11 @@ import yaml
 from omniform import __version__
 from omniform.data.digits import build_digits
 from omniform.data.sealed import write_atomically
+from omniform.data.templates import TEST_TEMPLATES, render
 from omniform.inference.evaluation import evaluate_any_to_any
-from omniform.inference.generate import load
+from omniform.inference.generate import Model
 from omniform.inference.tokenizer_evaluation import evaluate_tokenizer
+from omniform.modeling.folder import load_model_folder
 from omniform.preview import draw_samples
 from omniform.report import cells_as_text, write_report
 from omniform.training.run import train
@@ -37,6 +39,8 @@ CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_OUT = Path("runs/demo")
 MODALITIES = ("text", "image")
 _PROMPTS = tuple(f"the digit {digit}" for digit in range(10))
+# Two rows of ten for each wording that training never saw.
+_SHOWN = tuple(render(template, digit) for template in TEST_TEMPLATES * 2 for digit in range(10))
 _TINY_STEPS = ("steps=4", "optim.warmup_steps=1", "rows_per_step=4", "engine.micro_batch_rows=4", "log.every=1")
 
 
@@ -147,13 +151,15 @@ def _stages(out: Path, size: str) -> list[Stage]:
         _replace_folder(trained, model)
 
     def evaluate(fresh: bool) -> None:
-        evaluate_any_to_any(load(model), data, limit=limit, out=out / "metrics.json")
+        loaded = load_model_folder(model)
+        draw_samples(loaded, out / "samples", _SHOWN)
+        evaluate_any_to_any(Model(loaded), data, limit=limit, out=out / "metrics.json")
 
     return [
         Stage("data", [__version__, copies], (data / "manifest.json",), build),
         *(tokenizer_stage(modality) for modality in MODALITIES),
         Stage("model", recipe["model"], (model / "manifest.sha256",), fit),
-        Stage("evaluation", limit, (out / "metrics.json", out / "samples.json"), evaluate),
+        Stage("evaluation", limit, (out / "metrics.json", out / "samples.json", out / "samples/images.png"), evaluate),
     ]
 
 

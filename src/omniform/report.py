@@ -25,10 +25,11 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 p, .note { max-width: 46rem; } .note { color: var(--quiet); font-size: .92rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
 .tile { background: var(--panel); border-radius: .6rem; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.7rem; line-height: 1.2; } .tile span { color: var(--quiet); font-size: .88rem; }
+.tile b { display: block; font-size: 1.5rem; line-height: 1.3; white-space: nowrap; }
+.tile span { color: var(--quiet); font-size: .88rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--quiet); font-weight: 600; font-size: .88rem; } th:first-child, td:first-child { text-align: left; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.8rem, 1fr)); gap: .6rem; margin: .5rem 0; }
 figure { margin: 0; padding: .5rem; background: var(--panel); border-radius: .5rem;
@@ -61,6 +62,7 @@ def write_report(folder: Path, commands: Sequence[str], note: str = "") -> Path:
     stages = _read_json(folder / "stages.json")
     sections = [
         _headline(metrics, stages, note),
+        _drawn(folder / "samples" / "images.png"),
         _cells(metrics),
         _samples(samples),
         _tokenizers(folder),
@@ -100,10 +102,10 @@ def _figures(cell: Mapping[str, Any]) -> tuple[str, ...]:
 def _headline(metrics: Mapping[str, Any], stages: Mapping[str, Any], note: str) -> str:
     cells = metrics["cells"]
     tiles = [
-        (_percent(cell["accuracy"]), f"{_arrow(name)}, of {_percent(cell['ceiling'])} possible")
+        (_percent(cell["accuracy"]), f"{_arrow(name)}<br>ceiling {_percent(cell['ceiling'])}")
         for name, cell in cells.items()
     ]
-    tiles.append((_duration(sum(stage["seconds"] for stage in stages.values())), "from nothing to this report"))
+    tiles.append((_duration(sum(stage["seconds"] for stage in stages.values())), "from nothing to<br>this report"))
     tiles.append((f"{max(stage['peak_mib'] for stage in stages.values()) / 1024:.1f} GiB", "peak memory"))
     shown = "".join(f"<div class=tile><b>{value}</b><span>{label}</span></div>" for value, label in tiles)
     return (
@@ -114,22 +116,30 @@ def _headline(metrics: Mapping[str, Any], stages: Mapping[str, Any], note: str) 
     )
 
 
+def _drawn(picture: Path) -> str:
+    if not picture.exists():
+        return ""
+    return (
+        f'<p><img class="wide" src="{_data_url(picture)}" alt="digits that the model drew"></p>'
+        '<p class="note">From zero to nine, each drawn from a caption in words that training never put together so.</p>'
+    )
+
+
 def _cells(metrics: Mapping[str, Any]) -> str:
     cells = metrics["cells"]
     head = ("", "accuracy", "95% interval", "n", "chance", "ceiling", "of ceiling", "copies (real held-out)")
     digits = sorted({digit for cell in cells.values() for digit in cell["per_class"]})
     by_digit = [
-        (_arrow(name), *(_percent(cell["per_class"][d]["accuracy"]) if d in cell["per_class"] else "-" for d in digits))
-        for name, cell in cells.items()
+        (_arrow(name), *(_percent(own[d]["accuracy"], 0) if d in own else "-" for d in digits))
+        for name, own in ((name, cell["per_class"]) for name, cell in cells.items())
     ]
     return (
         "<h2>How well</h2>"
         + _table(head, [(_arrow(name), *_figures(cell)) for name, cell in cells.items()])
-        + '<p class="note">The judge is a classifier fitted on real training drawings only; the ceiling is its own '
-        "accuracy on real held-out drawings. A copy is a generated drawing nearer to a training drawing than 95% of "
-        "training drawings are to one another; beside it stands how often that is so for real held-out ones.</p>"
-        + "<h3>By digit</h3>"
-        + _table(("", *digits), by_digit)
+        + '<p class="note">The judge is a classifier fitted on real training drawings only. The ceiling is its own '
+        "accuracy on real held-out drawings; drawings that are easier to read can lie above it. A copy is a generated "
+        "drawing nearer to a training drawing than 95% of training drawings are to one another; beside it stands how "
+        "often that is so for real held-out ones.</p>" + "<h3>By digit</h3>" + _table(("", *digits), by_digit)
     )
 
 
@@ -273,8 +283,8 @@ def _arrow(cell: str) -> str:
     return html.escape(cell).replace("-&gt;", " &rarr; ")
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
+def _percent(value: float, decimals: int = 1) -> str:
+    return f"{100 * value:.{decimals}f}%"
 
 
 def _duration(seconds: float) -> str:
