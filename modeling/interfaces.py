@@ -15,7 +15,7 @@ class DiscreteHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
 
-    def forward(self, hidden: Float[Tensor, "M D"], ids: IdRange) -> Float[Tensor, "M W"]:
+    def forward(self, hidden: Float[Tensor, "*M D"], ids: IdRange) -> Float[Tensor, "*M W"]:
         return F.linear(hidden, self.weight[ids.start : ids.stop])
 
 
@@ -31,6 +31,6 @@ class DiscreteInterface(nn.Module):
         """Return the rows that the decoder reads."""
         return self.embedding(token_ids)
 
-    def logits(self, hidden: Float[Tensor, "M D"], ids: IdRange) -> Float[Tensor, "M W"]:
+    def logits(self, hidden: Float[Tensor, "*M D"], ids: IdRange) -> Float[Tensor, "*M W"]:
         """Return the logits of the ids in the range."""
         return self.head(hidden, ids)

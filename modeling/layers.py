@@ -1,6 +1,6 @@
 """The layers of a decoder block: pre-norm attention with grouped queries, and the gated feed-forward layer."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -16,6 +16,7 @@ from omniform.modeling.config import DecoderConfig
 Rotary = tuple[Float[Tensor, "B 1 L K"], Float[Tensor, "B 1 L K"]]
 
 
+@runtime_checkable
 class KeyValueCache(Protocol):
     """What attention needs of a cache: it keeps nothing of a forward pass unless its owner commits the rows."""
 

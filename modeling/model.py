@@ -138,7 +138,7 @@ class UnifiedModel(nn.Module):
             mask = pattern.render(MaskForm.DENSE, n_queries=token_ids.shape[1])
         return self.decoder(self.interface.embed(token_ids), position_ids, mask, cache)
 
-    def logits(self, hidden: Float[Tensor, "M D"], ids: IdRange) -> Float[Tensor, "M W"]:
+    def logits(self, hidden: Float[Tensor, "*M D"], ids: IdRange) -> Float[Tensor, "*M W"]:
         """Return the logits of the ids in the range, for the hidden states given."""
         return self.interface.logits(hidden, ids)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -25,6 +25,7 @@ class MicroBatch:
     n_tokens: int
 
 
+@runtime_checkable
 class Task(Protocol):
     """A module, its loss terms, its data, and how to store the result.
 

@@ -6,7 +6,7 @@ network, the batch layout or a device.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,7 @@ class Corrupted:
     loss_weights: npt.NDArray[np.float32]
 
 
+@runtime_checkable
 class Draw(Protocol):
     """Keyed randomness of one span being generated; given by the sampler, so that objectives stay pure."""
 

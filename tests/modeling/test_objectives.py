@@ -99,8 +99,8 @@ def test_steps_leave_the_fractions_of_the_cosine_schedule() -> None:
 
 
 def test_gamma_runs_from_data_to_noise() -> None:
-    assert masked_fraction(0) == 0
-    assert masked_fraction(1) == 1
+    assert masked_fraction(0.0) == 0
+    assert masked_fraction(1.0) == 1
 
 
 @pytest.mark.parametrize("objective", [NextToken(), Masked()], ids=lambda o: o.kind)
