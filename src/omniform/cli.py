@@ -178,9 +178,10 @@ def train(
     """
     from omniform.preview import draw_samples
     from omniform.training.run import train as run
+    from omniform.training.run_folder import is_first_process
 
     folder = run(_config_file(config), overrides or [], out, dry_run=dry_run, fresh=fresh, preview=draw_samples)
-    if not dry_run:
+    if not dry_run and is_first_process():
         print(f"model: {folder}")
 
 
