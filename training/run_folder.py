@@ -17,7 +17,7 @@ from omniform.training.config import FitConfig
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 COMMAND_VARIABLE = "OMNIFORM_COMMAND"
-_CONTENTS = (CONFIG_FILE, CHECKPOINTS, "log.jsonl", "tensorboard", "samples")
+_CONTENTS = (CHECKPOINTS, "log.jsonl", "tensorboard", "samples")
 
 
 class RunFolderError(OmniformError):
@@ -35,12 +35,19 @@ def open_run_folder(out: Path, config: FitConfig, *, fresh: bool = False, result
 
     Raises:
         RunFolderError: `out` holds a run of another configuration; `log`, `checkpoint`, `engine.zero_stage` and
-            `engine.micro_batch_rows` may differ, since the same run can go on with them.
+            `engine.micro_batch_rows` may differ, since the same run can go on with them. Or it holds no run, but
+            files under names that a run would overwrite.
     """
     if not is_first_process():
         return
+    taken = [name for name in (*_CONTENTS, result) if (out / name).exists()]
+    if taken and not (out / CONFIG_FILE).exists():
+        raise RunFolderError(
+            f"{out} holds {', '.join(taken)}, but no {CONFIG_FILE} of a run, so no run made them: choose another --out, "
+            "or move them away"
+        )
     if fresh:
-        for name in (*_CONTENTS, result):
+        for name in (*_CONTENTS, result, CONFIG_FILE):  # last what tells that the others are a run's
             path = out / name
             if path.is_dir():
                 shutil.rmtree(path)

@@ -24,11 +24,14 @@ import yaml
 
 from omniform import __version__
 from omniform.data.digits import build_digits
-from omniform.data.sealed import write_atomically
+from omniform.data.sealed import unseal, write_atomically
 from omniform.data.templates import TEST_TEMPLATES, render
+from omniform.data.verify import MANIFEST as WORLD_MANIFEST
+from omniform.errors import OmniformError
 from omniform.inference.evaluation import evaluate_any_to_any
 from omniform.inference.generate import Model
 from omniform.inference.tokenizer_evaluation import evaluate_tokenizer
+from omniform.modeling.folder import MANIFEST as MODEL_MANIFEST
 from omniform.modeling.folder import load_model_folder
 from omniform.preview import draw_samples
 from omniform.report import cells_as_text, write_report
@@ -69,9 +72,11 @@ def run_demo(out: Path, fresh: bool = False, size: Literal["full", "tiny"] = "fu
         size: "tiny" takes the same path with very few steps: its model has learnt nothing.
 
     Raises:
-        OmniformError: a stage could not be carried out; the stages before it stay done.
+        OmniformError: `out` holds other things where the demo puts its own, or a stage could not be carried out; the
+            stages before it stay done.
     """
     out.mkdir(parents=True, exist_ok=True)
+    _refuse_foreign(out)
     run_stages(_stages(out, size), out / "stages.json", fresh=fresh)
     note = "Size tiny: a few steps of everything. The model has learnt nothing yet." if size == "tiny" else ""
     report = write_report(out, _commands(out, size), note)
@@ -120,7 +125,7 @@ def run_stages(stages: Sequence[Stage], record: Path, *, fresh: bool = False) ->
 def _stages(out: Path, size: str) -> list[Stage]:
     data, model = out / "data", out / "model"
     tiny = size == "tiny"
-    copies, limit = (1, 20) if tiny else (8, None)
+    copies, limit = (1, 20) if tiny else (16, None)
     configs = {f"{name} tokenizer": f"tokenizers/digits-{name}" for name in MODALITIES} | {"model": "digits"}
     # The text tokenizer is not trained in steps.
     short = {"image tokenizer": _TINY_STEPS, "model": _TINY_STEPS} if tiny else {}
@@ -141,8 +146,9 @@ def _stages(out: Path, size: str) -> list[Stage]:
         return Stage(name, recipe[name], (run_folder / "tokenizer", run_folder / "evaluation/tokenizer.json"), run)
 
     def build(fresh: bool) -> None:
-        if fresh:
-            shutil.rmtree(data, ignore_errors=True)
+        if fresh and (data / WORLD_MANIFEST).exists():
+            unseal(data / WORLD_MANIFEST, f"if {data} may go, remove it; else choose another --out")  # is it ours?
+            shutil.rmtree(data)
         build_digits(data, copies=copies)
 
     def fit(fresh: bool) -> None:
@@ -161,6 +167,16 @@ def _stages(out: Path, size: str) -> list[Stage]:
         Stage("model", recipe["model"], (model / "manifest.sha256",), fit),
         Stage("evaluation", limit, (out / "metrics.json", out / "samples.json", out / "samples/images.png"), evaluate),
     ]
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse to replace folders that hold something, but not the file that completes what the demo writes there."""
+    for folder, mark in ((out / "data", WORLD_MANIFEST), (out / "model", MODEL_MANIFEST)):
+        if folder.exists() and not (folder / mark).exists() and any(folder.iterdir()):
+            raise OmniformError(
+                f"{folder} is not empty and has no {mark}, so Omniform did not write it: choose another --out, or move "
+                "it away"
+            )
 
 
 def _moved_to(out: Path, config: str) -> list[str]:

@@ -14,7 +14,8 @@ import typer
 from typer.testing import CliRunner
 
 from omniform.cli import app
-from omniform.demo import Stage, run_stages
+from omniform.demo import Stage, run_demo, run_stages
+from omniform.errors import OmniformError
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,6 +80,24 @@ def test_a_lost_output_is_made_again(workshop: Workshop) -> None:
     workshop.run()
     (workshop.folder / "b").unlink()
     assert workshop.run() == [("b", False)]
+
+
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_a_folder_with_other_things_is_left_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("precious")
+    for fresh in (False, True):
+        with pytest.raises(OmniformError, match=rf"{name} is not empty and has no manifest.*another --out"):
+            run_demo(tmp_path, fresh=fresh, size="tiny")
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["thesis.txt"]
+
+
+def test_data_under_a_manifest_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text('{"files": ["precious"]}')
+    with pytest.raises(OmniformError, match=r"manifest\.json is damaged.*choose another --out"):
+        run_demo(tmp_path, size="tiny")
+    assert (tmp_path / "data" / "manifest.json").read_text() == '{"files": ["precious"]}'
 
 
 def test_tiny_demo_goes_all_the_way_and_what_it_suggests_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

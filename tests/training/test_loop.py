@@ -154,6 +154,16 @@ def test_fresh_starts_over(toy: ModuleType, tmp_path: Path) -> None:
     assert (tmp_path / "one" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["model", "checkpoints", "samples"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_that_holds_no_run_is_left_alone(toy: ModuleType, tmp_path: Path, name: str, fresh: bool) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match=f"holds {name}, but no config.yaml of a run.*another --out"):
+        toy.run_toy(tmp_path, fresh=fresh, **FAST)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["notes.txt"]
+
+
 def test_run_that_only_fails_stops_with_its_budget(toy: ModuleType, tmp_path: Path) -> None:
     settings = {"optim": {"skip_limit": 3}, "toy": {"nan_steps": [1, 2, 3, 4]}}
     with pytest.raises(OmniformError, match="not finite in 3 steps in a row, up to step 4"):
