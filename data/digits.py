@@ -9,7 +9,7 @@ import bisect
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,9 @@ from omniform.data.sealed import seal, unseal, write_atomically
 from omniform.data.shards import ShardWriter
 from omniform.data.templates import TEST_TEMPLATES, TRAIN_TEMPLATES, render
 from omniform.data.verify import MANIFEST, file_digest, verify
-from omniform.kernels.keyed_noise import keyed_bits, keyed_permutation, stream
+from omniform.kernels.keyed_noise import keyed_bits, keyed_permutation, keyed_uniform, stream
 
-VERSION = 1
+VERSION = 2
 IMAGE_SIZE = 16
 SPLIT_ROWS = {"train": range(1415), "validation": range(1415, 1545), "test": range(1545, 1797)}
 # First row of each block.
@@ -36,25 +36,27 @@ SOURCES = [
         "attribution": "E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, doi:10.24432/C50P49",
     }
 ]
-_SHIFTS = [(dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1) if (dx, dy) != (0, 0)]
+# How far a training copy may be turned (degrees), enlarged or shrunk, and moved (pixels).
+MAX_ROTATION, MAX_SCALING, MAX_SHIFT = 10.0, 0.1, 1.0
 
 
-def build_digits(out: Path, seed: int = 0, copies: int = 8) -> Path:
+def build_digits(out: Path, seed: int = 0, copies: int = 16) -> Path:
     """Write digits-world to `out`; the same arguments give the same bytes. Nothing is left behind on an error.
 
     Image-text samples in train/, validation/ and test/, pairs of captions of one digit in train-text/ and test-text/.
-    A training image appears `copies` times: once as it is, the others moved by one pixel, each with another template.
+    A training image appears `copies` times: once as it is, the others turned, scaled and moved a little, and each with
+    the next of the templates.
     A world that is there already, complete and of the same recipe, is left as it is.
 
     Args:
-        seed: chooses shifts and templates.
-        copies: of each training image, 1 to 9.
+        seed: chooses how copies differ, and templates.
+        copies: of each training image, at least 1.
 
     Raises:
         DataError: `copies` is out of range, or `out` holds something else.
     """
-    if not 1 <= copies <= len(_SHIFTS) + 1:
-        raise DataError(f"copies is {copies}, expected 1 to {len(_SHIFTS) + 1}: there are no more one-pixel shifts")
+    if copies < 1:
+        raise DataError(f"copies is {copies}, expected at least 1: the first is the image as it is")
     recipe = {
         "format": "omniform-world",
         "world": "digits",
@@ -116,22 +118,28 @@ def _image_samples(
 ) -> Iterator[RawSample]:
     templates = TEST_TEMPLATES if split == "test" else TRAIN_TEMPLATES
     for row in SPLIT_ROWS[split]:
-        shifts = keyed_permutation(len(_SHIFTS), seed, stream("digits/shift"), row)
         order = keyed_permutation(len(templates), seed, stream("digits/template"), row)
         for copy in range(copies if split == "train" else 1):
-            dx, dy = (0, 0) if copy == 0 else _SHIFTS[shifts[copy - 1]]
-            template = int(order[copy])
+            image, rotation, scale, shift = images[row], 0.0, 1.0, [0.0, 0.0]
+            if copy:
+                turn, size, *move = 2 * keyed_uniform(seed, stream("digits/warp"), row, copy, np.arange(4)) - 1
+                rotation, scale = round(MAX_ROTATION * float(turn), 3), round(1 + MAX_SCALING * float(size), 3)
+                shift = [round(MAX_SHIFT * float(pixels), 3) for pixels in move]
+                image = warped(image, rotation, scale, shift)
+            template = int(order[copy % len(templates)])
             metadata = {
                 "digit": int(labels[row]),
                 "row": row,
                 "copy": copy,
-                "shift": [dx, dy],
+                "rotation": rotation,
+                "scale": scale,
+                "shift": shift,
                 "template": templates[template],
                 "writer_block": bisect.bisect_right(WRITER_BLOCKS, row) - 1,
             }
             caption = RawSpan("text", text=render(templates[template], int(labels[row])))
-            image = RawSpan("image", payload=_png(_moved(images[row], dx, dy)), extension="png")
-            yield RawSample(f"{row:04d}-{copy}", (caption, image), metadata)
+            drawing = RawSpan("image", payload=_png(image), extension="png")
+            yield RawSample(f"{row:04d}-{copy}", (caption, drawing), metadata)
 
 
 def _text_samples(split: str, prompts: tuple[str, ...]) -> Iterator[RawSample]:
@@ -153,10 +161,26 @@ def _write(folder: Path, samples: Iterator[RawSample]) -> int:
     return len(listed)
 
 
-def _moved(image: UInt8[np.ndarray, "H W"], dx: int, dy: int) -> UInt8[np.ndarray, "H W"]:
-    """Return the image moved right by dx and down by dy pixels, |dx|, |dy| <= 1, with empty pixels behind it."""
+def warped(
+    image: UInt8[np.ndarray, "H W"], rotation: float, scale: float, shift: Sequence[float]
+) -> UInt8[np.ndarray, "H W"]:
+    """Return the image turned about its centre, scaled and then moved, by bicubic interpolation.
+
+    Args:
+        rotation: degrees, clockwise as seen.
+        shift: pixels to the right and down.
+    """
     height, width = image.shape
-    return np.pad(image, 1)[1 - dy : 1 - dy + height, 1 - dx : 1 - dx + width]
+    x, y = (width - 1) / 2, (height - 1) / 2
+    cosine, sine = np.cos(np.radians(rotation)) / scale, np.sin(np.radians(rotation)) / scale
+    # Pillow asks where each output pixel comes from, and puts pixel centres at halves.
+    from_x, from_y = x + 0.5 + shift[0], y + 0.5 + shift[1]
+    matrix = (
+        *(cosine, sine, x + 0.5 - cosine * from_x - sine * from_y),
+        *(-sine, cosine, y + 0.5 + sine * from_x - cosine * from_y),
+    )
+    size = (width, height)
+    return np.asarray(Image.fromarray(image).transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC))
 
 
 def _png(image: UInt8[np.ndarray, "H W"]) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from skimage import transform
 from sklearn.datasets import load_digits
 
 from omniform.data.digits import build_digits, load_digit_images
@@ -53,8 +54,8 @@ def test_a_finished_world_is_left_alone_and_anything_else_is_refused(world: Path
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(DataError, match="remove it or choose another folder"):
         build_digits(tmp_path)
-    with pytest.raises(DataError, match="copies is 10"):
-        build_digits(tmp_path / "new", copies=10)
+    with pytest.raises(DataError, match="copies is 0"):
+        build_digits(tmp_path / "new", copies=0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -75,7 +76,7 @@ def test_splits_hold_their_rows_and_templates_only(world: Path) -> None:
     assert not blocks["train"] & (blocks["test"] | blocks["validation"])
 
 
-def test_images_are_the_real_ones_and_copies_are_their_one_pixel_moves(world: Path) -> None:
+def test_images_are_the_real_ones_and_copies_differ_from_them_as_their_metadata_say(world: Path) -> None:
     images, labels = load_digit_images()
     assert images.shape == (1797, 16, 16)
     # Averaging 2 x 2 pixels undoes the enlargement up to bicubic overshoot and rounding: each is its own nearest row.
@@ -83,15 +84,29 @@ def test_images_are_the_real_ones_and_copies_are_their_one_pixel_moves(world: Pa
     originals = load_digits()
     distances = ((small[:50, None] - originals.images[None]) ** 2).sum((2, 3))
     assert (distances.argmin(1) == np.arange(50)).all()
-    shifts: dict[int, set] = {}
+    warps: dict[int, set] = {}
     for sample in ShardReader(world / "train")[:400]:
-        row, (dx, dy) = sample.metadata["row"], sample.metadata["shift"]
-        assert sample.metadata["digit"] == labels[row] == originals.target[row]
-        original, found = images[row], pixels(sample.spans[1].payload)
-        inner = slice(1, 15)
-        np.testing.assert_array_equal(found[inner, inner], np.roll(original, (dy, dx), (0, 1))[inner, inner])
-        assert (sample.metadata["copy"] == 0) == (dx == dy == 0)
-        shifts.setdefault(row, set()).add((dx, dy))
+        row, metadata, found = sample.metadata["row"], sample.metadata, pixels(sample.spans[1].payload)
+        assert metadata["digit"] == labels[row] == originals.target[row]
+        if metadata["copy"] == 0:
+            np.testing.assert_array_equal(found, images[row])
+        # scikit-image's warp of the original, by what the metadata say, as the reference; its cubic kernel is another.
+        centre = np.array([7.5, 7.5])
+        forward = (
+            transform.AffineTransform(translation=-centre)
+            + transform.AffineTransform(scale=metadata["scale"], rotation=np.radians(metadata["rotation"]))
+            + transform.AffineTransform(translation=centre + metadata["shift"])
+        )
+        expected = transform.warp(images[row] / 255.0, forward.inverse, order=3)
+        inner = (slice(2, 14), slice(2, 14))  # kernels of different width see the border differently
+        assert np.abs(found / 255.0 - expected)[inner].mean() < 0.03
+        assert np.corrcoef(found[inner].ravel(), expected[inner].ravel())[0, 1] > 0.98
+        warp = (metadata["rotation"], metadata["scale"], *metadata["shift"])
+        assert abs(warp[0]) <= 10
+        assert 0.9 <= warp[1] <= 1.1
+        assert max(map(abs, warp[2:])) <= 1
+        assert warp not in warps.setdefault(row, set())
+        warps[row].add(warp)
     for sample in ShardReader(world / "test"):
         np.testing.assert_array_equal(pixels(sample.spans[1].payload), images[sample.metadata["row"]])
 
