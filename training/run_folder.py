@@ -43,8 +43,8 @@ def open_run_folder(out: Path, config: FitConfig, *, fresh: bool = False, result
     taken = [name for name in (*_CONTENTS, result) if (out / name).exists()]
     if taken and not (out / CONFIG_FILE).exists():
         raise RunFolderError(
-            f"{out} holds {', '.join(taken)}, but no {CONFIG_FILE} of a run, so no run made them: choose another --out, "
-            "or move them away"
+            f"{out} holds {', '.join(taken)}, but no {CONFIG_FILE} of a run, so no run made them: choose another "
+            "--out, or move them away"
         )
     if fresh:
         for name in (*_CONTENTS, result, CONFIG_FILE):  # last what tells that the others are a run's

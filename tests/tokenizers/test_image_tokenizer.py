@@ -119,6 +119,22 @@ def test_other_images_are_fitted() -> None:
     assert upright[:, 9:].min() > 0.9
 
 
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    deep, shallow = Image.fromarray(levels * 257), Image.fromarray(levels.astype(np.uint8))
+    assert deep.mode == "I;16"
+    for channels in (1, 3):
+        assert torch.equal(build(channels=channels).read(png(deep)), build(channels=channels).read(png(shallow)))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_damaged_exif_is_an_error_of_that_image(file_format: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, file_format, exif=b"Exif\0\0junkjunkjunkjunk")
+    with pytest.raises(TokenizerError, match="not a whole PNG, JPEG, WEBP image: not a TIFF file"):
+        build().read(file.getvalue())
+
+
 def test_files_that_are_no_images_are_refused() -> None:
     tokenizer = build()
     whole = png(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)))
