@@ -59,7 +59,7 @@ def evaluate_any_to_any(
     data_dir: Path,
     *,
     split: str = "test",
-    cells: Sequence[str] = CELLS,
+    cells: Sequence[str] | None = None,
     seed: int = 0,
     limit: int | None = None,
     sampling: Mapping[str, Mapping[str, Any]] | None = None,
@@ -75,7 +75,7 @@ def evaluate_any_to_any(
     Args:
         data_dir: the world's folder, with its splits.
         split: held-out items to prompt with: choose settings on "validation", report "test".
-        cells: "SOURCE->TARGET" each.
+        cells: "SOURCE->TARGET" each; all that the split has data for unless given (text pairs are in "test" alone).
         limit: use only so many items, spread evenly over the split.
         sampling: keywords of `generate` by target modality, over the model's defaults.
         out: metrics.json to write; samples.json, with the first replies, is written beside it.
@@ -85,12 +85,17 @@ def evaluate_any_to_any(
         "chance", "ceiling", "copy_rate", "copy_rate_held_out", "macro_accuracy", "per_class"}, ...}}.
 
     Raises:
-        OmniformError: an unknown cell, a split that is not held out, or data that is not there.
+        OmniformError: an unknown cell, a split that is not held out, data that is not there or has no digits to score
+            by, or a model without images.
     """
+    if cells is None:
+        cells = [cell for cell in CELLS if cell != "text->text" or (data_dir / f"{split}-text").exists()]
     if unknown := [cell for cell in cells if cell not in CELLS]:
         raise OmniformError(f"unknown cells {', '.join(unknown)}, expected some of {', '.join(CELLS)}")
     if split not in HELD_OUT:
         raise OmniformError(f"split is {split!r}, expected a held-out one: {' or '.join(HELD_OUT)}")
+    if "image" not in model.modalities:
+        raise OmniformError(f"the any-to-any suite scores text and images, but this model has {model.modalities}")
     train, held_out = _read(model, data_dir / "train", None), _read(model, data_dir / split, limit)
     judge = DigitImageJudge.fit(_pixels(train.images), train.digits)
     image_ceiling = float((judge.predict(_pixels(held_out.images)) == held_out.digits).mean())
@@ -165,6 +170,8 @@ def _read(model: Model, folder: Path, limit: int | None) -> _Items:
     samples = [reader[place] for place in np.linspace(0, len(reader) - 1, count).round().astype(int).tolist()]
     texts, images = [], []
     for sample in samples:
+        if "digit" not in sample.metadata:
+            raise OmniformError(f"{folder}: sample {sample.key} says no digit to score by: expected a digits-world")
         texts += [span.text for span in sample.spans if span.text is not None][:1]
         payloads = [span.payload for span in sample.spans if span.modality == "image" and span.payload is not None]
         images += [model.tokenizers["image"].read(payload) for payload in payloads[:1]]

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from omniform.data.digits import build_digits
-from omniform.data.shards import ShardReader
+from omniform.data.schema import RawSample, RawSpan
+from omniform.data.shards import ShardReader, ShardWriter
 from omniform.errors import OmniformError
 from omniform.inference.evaluation import CELLS, evaluate_any_to_any
 from omniform.inference.generate import Model
@@ -130,6 +131,25 @@ def test_figures_repeat_and_files_hold_them(loaded: LoadedModel, world: Path, tm
         assert Image.open(io.BytesIO(png)).size == (16, 16)
     right = [entry["judged"] == entry["digit"] for entry in samples["text->image"]]
     assert metrics["cells"]["text->image"]["accuracy"] == pytest.approx(sum(right) / 12)
+
+
+def test_every_held_out_split_can_be_scored(loaded: LoadedModel, world: Path) -> None:
+    metrics = evaluate_any_to_any(Model(loaded), world, split="validation", limit=12)
+    assert list(metrics["cells"]) == ["text->image", "image->text"]  # there are no text pairs to hold out
+
+
+def test_a_model_or_data_that_the_suite_cannot_score_is_refused(
+    loaded: LoadedModel, world: Path, tmp_path: Path
+) -> None:
+    text = {"text": loaded.tokenizers["text"]}
+    config = ModelConfig(decoder=loaded.model.config.decoder, objectives={"text": NextToken()})
+    reader = Model(LoadedModel(UnifiedModel(config, build_vocabulary(text)), text, {}))
+    with pytest.raises(OmniformError, match="scores text and images"):
+        evaluate_any_to_any(reader, world)
+    with ShardWriter(tmp_path / "train") as writer:
+        writer.write(RawSample("0", (RawSpan("text", text="seven"),)))
+    with pytest.raises(OmniformError, match="sample 0 says no digit to score by"):
+        evaluate_any_to_any(Model(loaded), tmp_path)
 
 
 def test_settings_of_a_target_are_passed_on(loaded: LoadedModel, world: Path) -> None:
