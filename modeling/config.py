@@ -18,7 +18,7 @@ from omniform.modeling.objectives.base import Objective
 from omniform.modeling.objectives.registry import OBJECTIVES
 
 ConfigT = TypeVar("ConfigT")
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class ConfigError(OmniformError):
@@ -124,7 +124,7 @@ def parse_config(cls: type[ConfigT], text: str, overrides: Sequence[str] = (), s
         ConfigError: not YAML, an unknown key, a value out of range or an override of another form.
     """
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _UniqueKeysLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     content = {} if content is None else content
@@ -143,6 +143,20 @@ def dump_config(config: object) -> str:
     """Return YAML from which `parse_config` rebuilds an equal configuration, every value written out."""
     plain = TypeAdapter(type(config)).dump_python(config, mode="json")
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """Refuses a mapping that gives a key twice, of which YAML readers quietly take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _override(content: dict[str, Any], override: str) -> None:

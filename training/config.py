@@ -11,6 +11,9 @@ from omniform.errors import OmniformError
 from omniform.modeling.config import STRICT, ModelConfig
 from omniform.modeling.generation_config import SamplingSettings
 
+# A run's name is a folder's: not hidden, and never ".." or a path.
+NAME = r"^\w[\w.-]*$"
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimConfig:
@@ -101,8 +104,8 @@ class FitConfig:
         rows_per_step: rows of one optimizer step over all ranks and micro-batches.
     """
 
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
-    seed: int = Field(default=0, ge=0)
+    name: str = Field(pattern=NAME)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     steps: int = Field(ge=1)
     rows_per_step: int = Field(default=8, ge=1)
     optim: OptimConfig = OptimConfig()

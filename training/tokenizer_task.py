@@ -26,7 +26,7 @@ from omniform.modeling.config import STRICT, ConfigError, dump_config, parse_con
 from omniform.tokenizers.base import TokenizerError
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 from omniform.tokenizers.text import SentencePieceTokenizer
-from omniform.training.config import FitConfig
+from omniform.training.config import NAME, FitConfig
 from omniform.training.loop import fit
 from omniform.training.run_folder import CONFIG_FILE, open_run_folder
 from omniform.training.task import MicroBatch
@@ -71,7 +71,7 @@ class TextTokenizerTrainConfig:
     """
 
     kind: Literal["sentencepiece"]
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=NAME)
     data: tuple[Path, ...] = ()
     corpora: tuple[Literal["python-topics"], ...] = ()
     vocab_size: int = Field(default=1024, ge=258)

@@ -25,7 +25,7 @@ def masked_fraction(t: float) -> float:
     return math.sin(math.pi * t / 2)
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Masked(Objective):
     """Masked prediction with confidence-ordered parallel decoding.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from omniform.modeling.objectives.base import Corrupted, Draw, Objective, SpanState, TargetSpans
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class NextToken(Objective):
     """Next-token prediction with teacher forcing; one token and one commit per step."""
 

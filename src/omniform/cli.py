@@ -30,7 +30,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in --out and start anew.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same result.")]
 IndexDir = Annotated[Path | None, typer.Option(help="Where the indexes lie, if not beside the shards.")]
 DataDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards (.tar), or of folders of shards.")]
 Config = Annotated[
@@ -306,7 +306,7 @@ def bench(
 def _config_file(name: str) -> Path:
     """Return the file of that name, or else the shipped config of that name."""
     path = Path(name)
-    if path.suffix or path.exists():
+    if path.suffix or path.is_file():
         return path
     shipped = Path(__file__).parent / "configs"
     known = sorted(str(file.relative_to(shipped).with_suffix("")) for file in shipped.rglob("*.yaml"))

@@ -44,6 +44,13 @@ def test_precedence_is_python_then_yaml_then_override() -> None:
         ("objectives: {text: 3}", [], r"objectives\.text: expected a mapping"),
         ("decoder: {}", [], r"objectives: required"),
         ("a: [", [], r"not valid YAML"),
+        (MINIMAL + "z_loss: .inf", [], r"z_loss: .*finite number, not inf"),
+        (
+            "objectives: {text: next_token, image: {kind: masked, weight: .inf}}",
+            [],
+            r"objectives\.image\.weight: .*finite",
+        ),
+        (MINIMAL + "z_loss: 0\nz_loss: 1", [], r"(?s)'z_loss' is given twice.*line 3"),
         ("- 1", [], r"holds a list, expected a mapping"),
     ],
 )

@@ -165,6 +165,8 @@ def test_forecast_flops_are_those_that_torch_counts(config_file: Path, trained: 
         ("rows_per_step=5", "rows_per_step is 5, expected a multiple"),
         ("tokenizers.image=/nowhere", "/nowhere"),
         ("model.objectives={text: next_token}", "model.objectives is for"),
+        ("name=..", "name: String should match"),
+        ("seed=9223372036854775808", "seed: .*less than 9223372036854775808"),
         ("engine={zero_stage: 0, precision: bf16}", "bf16 at zero_stage 0"),
     ],
 )
