@@ -105,9 +105,9 @@ def read_argument(argument: str, model: Model) -> ContentPart:
         ) from error
     try:
         item = model.tokenizers[modality].read(payload)
+        return parse_prompt(item if modality == "text" else DataPart(modality, item))[0]
     except OmniformError as error:
         raise OmniformError(f"{argument}: {error}") from error
-    return parse_prompt(item if modality == "text" else DataPart(modality, item))[0]
 
 
 def _check_destination(out: Path, to: Sequence[str]) -> None:
@@ -115,7 +115,7 @@ def _check_destination(out: Path, to: Sequence[str]) -> None:
         raise OmniformError(f"--out {out}: there is no folder {out.parent}; create it first")
     if out.is_dir():
         raise OmniformError(f"--out {out} is a folder, expected the name of a file")
-    if "image" in to and out.suffix.lower() not in Image.registered_extensions():
+    if "image" in to and Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise OmniformError(f"--out {out}: {out.suffix or 'no suffix'} is no picture format; use .png, .jpg or .webp")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,7 +50,12 @@ def main() -> None:
     try:
         app(prog_name="omniform")
     except OmniformError as error:
-        print(f"omniform: {error}", file=sys.stderr)
+        print(f"omniform: {_harmless(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"omniform: {_harmless(str(error.filename))}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
@@ -136,7 +142,7 @@ def generate(
         _print_json([vars(output) for output in outputs])
         return
     for output in outputs:
-        print(output.text if output.path is None else f"{output.path} (seed {output.seed})")
+        print(_harmless(output.text or "") if output.path is None else f"{output.path} (seed {output.seed})")
 
 
 @app.command("eval")
@@ -229,7 +235,7 @@ def data_verify(folder: DataDir, index_dir: IndexDir = None, as_json: Json = Fal
     if as_json:
         _print_json(report.to_json())
     else:
-        print(report)
+        print(_harmless(str(report)))
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -315,6 +321,11 @@ def _config_file(name: str) -> Path:
             f"no file and no shipped config is named {name!r}: expected a YAML file, or {', '.join(known)}"
         )
     return shipped / f"{name}.yaml"
+
+
+def _harmless(text: str) -> str:
+    """Return text from data or models without the control characters that could command the terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
 def _print_json(value: object) -> None:

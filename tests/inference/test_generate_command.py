@@ -72,7 +72,7 @@ def test_without_out_a_picture_goes_to_the_current_folder(
         ("@sound.wav", r"\.wav is no kind of file that this model takes: expected one of text, image"),
         ("@noname", "a name without suffix is no kind of file"),
         ("", "empty text"),
-        ("@empty.txt", "empty text"),
+        ("@empty.txt", r"@empty\.txt: .*empty text"),
         ("@", "no kind of file.*write @@ for text"),
     ],
 )
@@ -95,6 +95,7 @@ def test_unusable_files_are_named(
         ({"to": ["image"], "out": "nowhere/a.png"}, "there is no folder"),
         ({"to": ["image"], "out": "."}, "is a folder"),
         ({"to": ["image"], "out": "a.sevn"}, r"\.sevn is no picture format"),
+        ({"to": ["image"], "out": "a.psd"}, r"\.psd is no picture format"),  # Pillow reads it, but cannot write it
         ({"to": ["image"], "temperature": -1}, "temperature is -1"),
     ],
 )

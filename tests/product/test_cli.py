@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,29 @@ def test_a_mistake_is_answered_on_stderr_with_status_2(arguments: list[str], hin
     assert "Traceback" not in done.stderr
     assert all(hint in done.stderr for hint in hints), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    done = omniform("data", "build", "digits", "--out", "taken", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "omniform: taken: Not a directory\n")
+
+
+def test_names_from_data_cannot_command_the_terminal(tmp_path: Path) -> None:
+    content = tarfile.TarInfo("\x1b[2Jevil.pkl"), tarfile.TarInfo("\x1b[2Jevil.pkl")
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for member in content:
+            archive.addfile(member)
+    done = omniform("data", "index", ".", cwd=tmp_path)
+    assert done.returncode == 2
+    (tmp_path / "0.tar").unlink()
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        archive.addfile(content[0])
+    assert omniform("data", "index", ".", cwd=tmp_path).returncode == 0
+    shown = omniform("data", "verify", ".", cwd=tmp_path)
+    assert shown.returncode == 1
+    assert "\ufffd[2Jevil" in shown.stdout
+    assert "\x1b" not in shown.stdout + done.stderr
 
 
 def test_a_missing_extra_is_named_with_the_command_that_brings_it() -> None:
