@@ -39,13 +39,13 @@ class _Items:
 
     Attributes:
         images: in the raw form of the image tokenizer, empty where samples have no picture.
-        moved: whether the picture is a copy of another, moved by a pixel.
+        altered: whether the picture was made from another one of the split.
     """
 
     texts: list[str]
     images: list[Tensor]
     digits: npt.NDArray[np.int64]
-    moved: list[bool]
+    altered: list[bool]
 
     def prompts(self, modality: str) -> list[ContentPart]:
         """Return the part of each sample to prompt with."""
@@ -68,9 +68,9 @@ def evaluate_any_to_any(
     """Score a model on digits-world.
 
     Judges are fitted on real train items only. A cell's ceiling is what the image judge reaches on the same real
-    held-out images; text to text has 1. The copy rate counts generated images that are nearer to a train image than
-    train images are to each other (5th percentile), all after the tokenizer's round trip; that of real held-out
-    images stands beside it.
+    held-out images; text to text has 1. The copy rate counts generated images that are nearer to a train image, altered
+    ones among them, than original train images are to each other (5th percentile), all after the tokenizer's round
+    trip; that of real held-out images stands beside it.
 
     Args:
         data_dir: the world's folder, with its splits.
@@ -147,12 +147,11 @@ def _score(judged: Sequence[int | None], digits: npt.NDArray[np.int64], ceiling:
 
 
 def _copying(model: Model, drawn: list[Tensor], train: _Items, held_out: _Items) -> dict[str, float | None]:
-    # Copies moved by a pixel would make real drawings look nearer to each other than they are.
-    drawings = [image for image, moved in zip(train.images, train.moved, strict=True) if not moved]
-    originals = _pixels(_round_trip(model, drawings))
+    shown = _pixels(_round_trip(model, train.images))
+    originals = shown[~np.array(train.altered)]
     return {
-        "copy_rate": copy_rate(_pixels(drawn), originals),
-        "copy_rate_held_out": copy_rate(_pixels(_round_trip(model, held_out.images)), originals),
+        "copy_rate": copy_rate(_pixels(drawn), shown, originals),
+        "copy_rate_held_out": copy_rate(_pixels(_round_trip(model, held_out.images)), shown, originals),
     }
 
 
@@ -176,7 +175,7 @@ def _read(model: Model, folder: Path, limit: int | None) -> _Items:
         payloads = [span.payload for span in sample.spans if span.modality == "image" and span.payload is not None]
         images += [model.tokenizers["image"].read(payload) for payload in payloads[:1]]
     digits = np.array([sample.metadata["digit"] for sample in samples], dtype=np.int64)
-    return _Items(texts, images, digits, [any(sample.metadata.get("shift", ())) for sample in samples])
+    return _Items(texts, images, digits, [sample.metadata.get("copy", 0) > 0 for sample in samples])
 
 
 def _item(model: Model, image: Image.Image) -> Tensor:

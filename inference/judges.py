@@ -56,20 +56,31 @@ def digit_of_text(text: str) -> int | None:
     return named.pop() if len(named) == 1 else None
 
 
-def copy_rate(items: Float[np.ndarray, "N *S"], train: Float[np.ndarray, "T *S"]) -> float:
+def copy_rate(
+    items: Float[np.ndarray, "N *S"],
+    train: Float[np.ndarray, "T *S"],
+    originals: Float[np.ndarray, "R *S"] | None = None,
+) -> float:
     """Return the fraction of items that are copies of a train item.
 
-    A copy is nearer to its nearest train item than 95% of train items are to their nearest other one (Euclidean
-    distance). Both must have been through the same tokenizer, or its loss alone keeps them apart.
+    A copy is nearer to its nearest train item than 95% of the originals are to their nearest other one (Euclidean
+    distance). All must have been through the same tokenizer, or its loss alone keeps them apart.
+
+    Args:
+        train: everything that training showed.
+        originals: those of `train` that were not made from others of it, which would be nearer to each other than any
+            two originals are; all of `train` unless given.
 
     Raises:
-        OmniformError: no items, or fewer than two train items.
+        OmniformError: no items, no train items, or fewer than two originals.
     """
-    if len(items) == 0 or len(train) < 2:
+    originals = train if originals is None else originals
+    if len(items) == 0 or len(train) == 0 or len(originals) < 2:
         raise OmniformError(
-            f"a copy rate of {len(items)} items against {len(train)} train items: expected at least 1 and 2"
+            f"a copy rate of {len(items)} items against {len(train)} train items, {len(originals)} of them originals: "
+            "expected at least 1, 2 and 2"
         )
-    bound = np.percentile(_nearest_distances(train, train, itself=True), 5)
+    bound = np.percentile(_nearest_distances(originals, originals, itself=True), 5)
     return float((_nearest_distances(items, train) < bound).mean())
 
 

@@ -138,8 +138,10 @@ def _cells(metrics: Mapping[str, Any]) -> str:
         + _table(head, [(_arrow(name), *_figures(cell)) for name, cell in cells.items()])
         + '<p class="note">The judge is a classifier fitted on real training drawings only. The ceiling is its own '
         "accuracy on real held-out drawings; drawings that are easier to read can lie above it. A copy is a generated "
-        "drawing nearer to a training drawing than 95% of training drawings are to one another; beside it stands how "
-        "often that is so for real held-out ones.</p>" + "<h3>By digit</h3>" + _table(("", *digits), by_digit)
+        "drawing nearer to one that training showed, altered ones too, than 95% of original training drawings are to "
+        "one another; beside it stands how often that is so for real held-out ones.</p>"
+        + "<h3>By digit</h3>"
+        + _table(("", *digits), by_digit)
     )
 
 

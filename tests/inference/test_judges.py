@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.datasets import load_digits
 
-from omniform.data.digits import SPLIT_ROWS, load_digit_images
+from omniform.data.digits import SPLIT_ROWS, load_digit_images, warped
 from omniform.errors import OmniformError
 from omniform.inference.judges import DigitImageJudge, copy_rate, digit_of_text, wilson_interval
 
@@ -63,6 +63,18 @@ def test_the_copy_rate_is_that_of_a_slow_oracle(seed: int, n_train: int, n: int)
     apart = [min(np.linalg.norm(a - b) for b in np.delete(train, i, 0)) for i, a in enumerate(train)]
     nearest = [min(np.linalg.norm(item - b) for b in train) for item in items]
     assert copy_rate(items, train) == np.mean(np.array(nearest) < np.percentile(apart, 5))
+    shown = np.concatenate([train, train + random.normal(scale=0.1, size=train.shape)])
+    nearest = [min(np.linalg.norm(item - b) for b in shown) for item in items]
+    assert copy_rate(items, shown, train) == np.mean(np.array(nearest) < np.percentile(apart, 5))
+
+
+def test_altered_train_items_that_were_shown_are_copies_too() -> None:
+    drawings = load_digit_images()[0]
+    originals = drawings[SPLIT_ROWS["train"]]
+    altered = np.stack([warped(image, 5, 1.05, (0.5, -0.5)) for image in originals[:100]])
+    assert copy_rate(altered, originals) < 0.1  # which is why the altered ones must be looked at
+    assert copy_rate(altered, np.concatenate([originals, altered]), originals) == 1
+    assert copy_rate(drawings[SPLIT_ROWS["test"]], np.concatenate([originals, altered]), originals) < 0.1
 
 
 def test_train_items_are_copies_and_other_writers_are_not() -> None:
