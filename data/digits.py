@@ -55,6 +55,8 @@ def build_digits(out: Path, seed: int = 0, copies: int = 16) -> Path:
     Raises:
         DataError: `copies` is out of range, or `out` holds something else.
     """
+    if not out.name or out.name == "..":
+        raise DataError(f"{out} cannot be built anew: give the name of a folder that may be created")
     if copies < 1:
         raise DataError(f"copies is {copies}, expected at least 1: the first is the image as it is")
     recipe = {

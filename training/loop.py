@@ -1,6 +1,7 @@
 """The training loop: one straight line for the model and for every tokenizer."""
 
 import copy
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from omniform.errors import OmniformError
 from omniform.training import random_state
 from omniform.training.checkpoint import (
     Progress,
+    commit,
     complete_checkpoints,
     load_checkpoint,
     newest_checkpoint,
@@ -52,12 +54,13 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
         SystemExit: SIGINT or SIGTERM came; a checkpoint was written first.
     """
     checkpoints = out / CHECKPOINTS
-    done = complete_checkpoints(checkpoints)
-    if done and done[-1].name == f"step-{config.steps}" and (out / result).exists():
-        return out / result
     # ZeRO takes the module apart: samples and the result come from a copy, which the first rank keeps.
     replica = copy.deepcopy(task.module) if is_first_process() else None
     engine = Engine(task.module, config)
+    # One rank looks: with --fresh another could look before the folder is emptied, and leave the others waiting.
+    if engine.on_first_rank(lambda: _is_finished(checkpoints, config.steps) and (out / result).exists()):
+        engine.close()
+        return out / result
     random_state.seed_everything(config.seed, engine.rank)
     progress, notices = _resume(checkpoints, engine, task)
     log = MetricsLog(out, engine, task.term_weights, first_step=progress.step, steps=config.steps)
@@ -104,9 +107,17 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
 
     _export(engine, replica)
     if replica is not None:
-        task.save(out / result, replica.eval())
+        draft = out / f".{result}.draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        task.save(draft, replica.eval())
+        shutil.rmtree(out / result, ignore_errors=True)
+        commit(draft, out / result)
     engine.close()
     return out / result
+
+
+def _is_finished(checkpoints: Path, steps: int) -> bool:
+    return any(path.name == f"step-{steps}" for path in complete_checkpoints(checkpoints))
 
 
 def _resume(checkpoints: Path, engine: Engine, task: Task) -> tuple[Progress, list[str]]:

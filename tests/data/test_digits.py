@@ -54,6 +54,8 @@ def test_a_finished_world_is_left_alone_and_anything_else_is_refused(world: Path
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(DataError, match="remove it or choose another folder"):
         build_digits(tmp_path)
+    with pytest.raises(DataError, match=r"\. cannot be built anew"):
+        build_digits(Path("."))
     with pytest.raises(DataError, match="copies is 0"):
         build_digits(tmp_path / "new", copies=0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

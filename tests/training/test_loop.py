@@ -99,6 +99,24 @@ def test_finished_run_is_left_alone(toy: ModuleType, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "model").iterdir()} == before
 
 
+def test_a_run_stopped_while_its_result_is_written_writes_it_whole(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self, folder: Path, module: torch.nn.Module) -> None:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.Toy, "save", broken)
+        with pytest.raises(Interrupted):
+            toy.run_toy(tmp_path, **FAST)
+    assert not (tmp_path / "model").exists()
+    toy.run_toy(tmp_path, **FAST)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["toy.safetensors"]
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_writes_a_checkpoint_and_exits_with_its_status(
     toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
