@@ -1,7 +1,9 @@
 import json
 import os
 import random
+import re
 import signal
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from omniform.errors import OmniformError
 from omniform.training import random_state
@@ -204,6 +207,29 @@ def test_logged_loss_is_the_mean_per_item(toy: ModuleType, tmp_path: Path) -> No
     for term, loss in losses.items():
         assert entry[f"loss/{term}"] == pytest.approx(float(loss.detach()) / batch.counts[term], rel=1e-6)
     assert entry["loss"] == pytest.approx(entry["loss/value"] + 0.5 * entry["loss/label"])
+
+
+def test_progress_is_a_line_per_window_or_a_bar_on_a_terminal(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy.run_toy(tmp_path / "plain", **FAST)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == ["2/6", "4/6", "6/6"]
+    assert all(re.search(r"loss \d.* grad_norm .* lr .* tokens/s  eta 0:00:\d\d$", line) for line in lines)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    toy.run_toy(tmp_path / "bar", **FAST)
+    bar = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"100%.* 6/6 \[\d\d:\d\d<.*loss \d.*tokens/s\]$", bar)  # done, time taken < time left
+
+
+def test_tensorboard_shows_what_the_log_says(toy: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        toy.run_toy(tmp_path, preview=interrupt_at(4), **FAST | {"log": {"every": 1, "samples_every": 4}})
+    toy.run_toy(tmp_path, **FAST | {"log": {"every": 1}})
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for key in ("loss", "loss/value", "lr", "grad_norm"):
+        points = {event.step: event.value for event in shown.Scalars(key)}
+        assert points == pytest.approx({entry["step"]: entry[key] for entry in log(tmp_path)}, rel=1e-6)
 
 
 def test_log_cut_short_by_a_crash_is_mended(tmp_path: Path) -> None:
