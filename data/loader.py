@@ -78,6 +78,15 @@ class TrainingData:
         """By source, how many samples cannot be decoded: each draw of one leaves a hole, and nothing else changes."""
         return {str(source.folder): len(source.failures) for source in self.sources}
 
+    @property
+    def unserved(self) -> dict[str, int]:
+        """By source and task, how many samples that can be decoded lack what it needs: their draws are holes as well."""
+        return {
+            f"{source.folder}, {task}": int((table[number, 0] == 0).sum()) - len(source.failures)
+            for source, config, table in zip(self.sources, self.config.sources, self._lengths, strict=True)
+            for number, task in enumerate(config.tasks)
+        }
+
     def rows(self, step: int, part: slice = slice(None)) -> list[list[MultimodalSequence]]:
         """Return the rows of `step`, from 0, each the sequences that share it; with `part`, only those rows of it."""
         first = step * self.rows_per_step

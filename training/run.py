@@ -88,6 +88,9 @@ def train(
     for source, n_holes in data.holes.items():
         if n_holes and is_first_process():
             print(f"{n_holes} samples of {source} cannot be decoded; each leaves a hole and is not learnt", flush=True)
+    for task_of_source, n in data.unserved.items():
+        if n and is_first_process():
+            print(f"{n} samples of {task_of_source} lack a span that it needs; each leaves a hole", flush=True)
 
     def sample(module: nn.Module, step: int) -> None:
         assert preview is not None

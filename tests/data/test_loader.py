@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from omniform.data.loader import TrainingData
 from omniform.data.mixture import WINDOW, DataConfig, Mixture, SourceConfig, arrange
 from omniform.data.packing import first_fit
-from omniform.data.schema import DataError
+from omniform.data.schema import DataError, RawSample, RawSpan
+from omniform.data.shards import ShardWriter
 from omniform.kernels.keyed_noise import keyed_bits, stream
 from omniform.modeling.config import ConfigError, dump_config, parse_config
 from omniform.modeling.sequence import MultimodalSequence, Role, pack
@@ -166,6 +167,16 @@ def test_a_hole_is_counted_and_shifts_no_other_draw(
     in_first_window = {int(key) for key in intact.mixture.window(0).noise_key}
     assert in_first_window & left <= set(found)
     assert in_first_window <= set(whole)
+
+
+def test_samples_that_a_task_cannot_use_are_counted(make: Callable[..., TrainingData], tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "mixed") as writer:
+        for n in range(10):
+            text, image = RawSpan("text", text="t"), RawSpan("image", payload=n.to_bytes(2), extension="bin")
+            writer.write(RawSample(str(n), (text,) if n < 3 else (text, image)))
+    data = make(sources=tuple(SourceConfig(path=tmp_path / name, tasks=BOTH) for name in ("small", "mixed")))
+    assert list(data.unserved.values()) == [0, 0, 3, 3]  # the damaged sample of the first is a hole already
+    assert list(data.holes.values()) == [1, 0]
 
 
 def test_rows_fit_and_are_full(make: Callable[..., TrainingData], byte_vocabulary: Vocabulary) -> None:
