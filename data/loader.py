@@ -80,7 +80,7 @@ class TrainingData:
 
     @property
     def unserved(self) -> dict[str, int]:
-        """By source and task, how many samples that can be decoded lack what it needs: their draws are holes as well."""
+        """By source and task, how many readable samples lack what the task needs: their draws are holes too."""
         return {
             f"{source.folder}, {task}": int((table[number, 0] == 0).sum()) - len(source.failures)
             for source, config, table in zip(self.sources, self.config.sources, self._lengths, strict=True)
