@@ -6,7 +6,8 @@ import pytest
 
 
 @pytest.mark.drill
-def test_twenty_random_kills_end_bit_identical() -> None:
-    command = [sys.executable, Path(__file__).with_name("kill_resume.py"), "--kills", "20", "--at", "draft", "commit"]
+@pytest.mark.parametrize("task", ["toy", "model"])
+def test_twenty_kills_end_bit_identical(task: str) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("kill_resume.py")), "--task", task, "--kills", "20"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
