@@ -60,7 +60,7 @@ class EngineConfig:
             2 gradients too, 3 weights too.
         precision: "fp32"; "bf16_autocast": fp32 weights, bf16 matrix products; "bf16": bf16 weights with an fp32
             master copy; "auto": bf16_autocast where the hardware multiplies bf16, else fp32.
-        micro_batch_rows: rows of one forward pass of one rank.
+        micro_batch_rows: most rows of one forward pass of one rank.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -127,13 +127,12 @@ class FitConfig:
         Raises:
             OmniformError: the rows of a step do not divide evenly.
         """
-        per_pass = self.engine.micro_batch_rows * world_size
-        if self.rows_per_step % per_pass:
+        if self.rows_per_step % world_size:
             raise OmniformError(
-                f"rows_per_step is {self.rows_per_step}, expected a multiple of engine.micro_batch_rows x processes = "
-                f"{self.engine.micro_batch_rows} x {world_size}: change one of them"
+                f"rows_per_step is {self.rows_per_step}, expected a multiple of the number of processes, {world_size}: "
+                "change one of them"
             )
-        return self.rows_per_step // per_pass
+        return -(-self.rows_per_step // (world_size * self.engine.micro_batch_rows))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -115,7 +115,7 @@ def test_configurations_that_cannot_be_used_are_refused(world: Path, tmp_path: P
         ({**config, "tokenizer": {"image_size": 18}}, "tokenizer: image_size is 18, expected a multiple of 4"),
         ({**config, "engine": {"precision": "bf16"}}, "choose bf16_autocast"),
         ({**config, "data": str(tmp_path / "none")}, "none holds no .tar shards"),
-        ({**config, "rows_per_step": 6}, "rows_per_step is 6, expected a multiple"),
+        ({**config, "rows_per_step": 0}, "rows_per_step: .*greater than or equal to 1"),
     ]
     for content, message in cases:
         with pytest.raises(OmniformError, match=message):

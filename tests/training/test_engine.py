@@ -17,8 +17,8 @@ STAGES = (0, 1, 2, 3)
 OPTIM = OptimConfig(lr=0.05, warmup_steps=2, clip_grad_norm=0.5, ema_decay=0.8)
 
 
-def settings(stage: int, precision: str = "fp32", steps: int = 6) -> FitConfig:
-    engine = EngineConfig(zero_stage=stage, precision=precision, micro_batch_rows=4)
+def settings(stage: int, precision: str = "fp32", steps: int = 6, micro_batch_rows: int = 4) -> FitConfig:
+    engine = EngineConfig(zero_stage=stage, precision=precision, micro_batch_rows=micro_batch_rows)
     return FitConfig(name="toy", steps=steps, rows_per_step=8, optim=OPTIM, engine=engine)
 
 
@@ -139,10 +139,24 @@ def test_autocast_multiplies_in_bf16_and_keeps_fp32_weights(toy: ModuleType) -> 
     engine.close()
 
 
-def test_rows_that_do_not_divide_are_refused(toy: ModuleType) -> None:
+def test_rows_are_split_over_processes_evenly_and_over_passes_as_they_fit() -> None:
     config = FitConfig(name="toy", steps=1, rows_per_step=10, engine=EngineConfig(micro_batch_rows=4))
-    with pytest.raises(OmniformError, match="rows_per_step is 10, expected a multiple"):
-        Engine(toy.Toy(8, 4).module, config)
+    assert [config.accumulation(world_size) for world_size in (1, 2, 5, 10)] == [3, 2, 1, 1]
+    with pytest.raises(OmniformError, match="rows_per_step is 10, expected a multiple of the number of processes, 3"):
+        config.accumulation(3)
+
+
+def test_uneven_micro_batches_give_the_step_of_the_whole_batch(toy: ModuleType) -> None:
+    weights = []
+    for micro_batch_rows in (8, 3):
+        config = settings(2, micro_batch_rows=micro_batch_rows)
+        task = toy.Toy(8, micro_batch_rows)
+        engine = Engine(task.module, config)
+        for step in range(3):
+            train_step(engine, task, task.micro_batches(step, 0, 1), 0.1)
+        weights.append(dict(engine.read(WEIGHTS)))
+        engine.close()
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
 
 
 def test_bf16_at_stage_0_is_refused() -> None:

@@ -72,7 +72,7 @@ class Toy:
             mine = rows if world_size == 1 else (rows[:cut] if rank == 0 else rows[cut:])
         else:
             mine = rows[rank::world_size]
-        n = self.rows_per_step // (self.micro_batch_rows * world_size)
+        n = -(-self.rows_per_step // (self.micro_batch_rows * world_size))
         return [self._micro_batch(step, mine[i::n]) for i in range(n)]
 
     def _micro_batch(self, step: int, rows: list[int]) -> MicroBatch:
