@@ -1,6 +1,7 @@
 """The folder of a run: opened for a new run, or for the same run to go on."""
 
 import difflib
+import fcntl
 import os
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from omniform.training.config import FitConfig
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 COMMAND_VARIABLE = "OMNIFORM_COMMAND"
+LOCK = "lock"
 _CONTENTS = (CHECKPOINTS, "log.jsonl", "tensorboard", "samples")
 
 
@@ -27,7 +29,8 @@ class RunFolderError(OmniformError):
 def open_run_folder(out: Path, config: FitConfig, *, fresh: bool = False, result: str = "model") -> None:
     """Make `out` the folder of the run that `config` describes, or check that it already is.
 
-    The first rank does it; the others rely on the launcher to stop them where it fails.
+    The first rank does it, and holds the folder until it ends; the others rely on the launcher to stop them where it
+    fails.
 
     Args:
         fresh: delete what an earlier run left in `out` first.
@@ -36,7 +39,7 @@ def open_run_folder(out: Path, config: FitConfig, *, fresh: bool = False, result
     Raises:
         RunFolderError: `out` holds a run of another configuration; `log`, `checkpoint`, `engine.zero_stage` and
             `engine.micro_batch_rows` may differ, since the same run can go on with them. Or it holds no run, but
-            files under names that a run would overwrite.
+            files under names that a run would overwrite. Or another process is training in it.
     """
     if not is_first_process():
         return
@@ -46,6 +49,7 @@ def open_run_folder(out: Path, config: FitConfig, *, fresh: bool = False, result
             f"{out} holds {', '.join(taken)}, but no {CONFIG_FILE} of a run, so no run made them: choose another "
             "--out, or move them away"
         )
+    lock_folder(out)
     if fresh:
         for name in (*_CONTENTS, result, CONFIG_FILE):  # last what tells that the others are a run's
             path = out / name
@@ -56,10 +60,26 @@ def open_run_folder(out: Path, config: FitConfig, *, fresh: bool = False, result
     path = out / CONFIG_FILE
     if path.exists():
         _check_same_run(path, config)
-    out.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(dump_config(config), encoding="utf-8")
     os.replace(draft, path)
+
+
+def lock_folder(out: Path) -> None:
+    """Create `out` if need be and hold its lock until this process ends, however that comes; again is no error.
+
+    Raises:
+        RunFolderError: another process holds it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # never closed: that would give up the lock
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise RunFolderError(
+            f"another process is training in {out}: wait until it ends or stop it, or choose another --out"
+        ) from error
 
 
 def is_first_process() -> bool:

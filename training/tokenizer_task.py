@@ -28,7 +28,7 @@ from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 from omniform.tokenizers.text import SentencePieceTokenizer
 from omniform.training.config import NAME, FitConfig
 from omniform.training.loop import fit
-from omniform.training.run_folder import CONFIG_FILE, open_run_folder
+from omniform.training.run_folder import CONFIG_FILE, lock_folder, open_run_folder
 from omniform.training.task import MicroBatch
 
 RESULT = "tokenizer"
@@ -194,6 +194,7 @@ def _load_config(path: Path, overrides: Sequence[str]) -> ImageTokenizerTrainCon
 
 def _train_text(config: TextTokenizerTrainConfig, out: Path, *, fresh: bool) -> Path:
     """Learn the text tokenizer; it takes seconds and gives the same bits, so a run that was stopped starts again."""
+    lock_folder(out)
     record, text = out / CONFIG_FILE, dump_config(config)
     if record.exists() and not fresh:
         stored = record.read_text(encoding="utf-8")
@@ -204,7 +205,6 @@ def _train_text(config: TextTokenizerTrainConfig, out: Path, *, fresh: bool) -> 
                 "Choose another --out, or replace that tokenizer with --fresh"
             )
     tokenizer = SentencePieceTokenizer.train(_texts(config), vocab_size=config.vocab_size, algorithm=config.algorithm)
-    out.mkdir(parents=True, exist_ok=True)
     record.write_text(text, encoding="utf-8")
     tokenizer.save(out / RESULT)
     return out / RESULT

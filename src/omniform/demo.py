@@ -36,6 +36,7 @@ from omniform.modeling.folder import load_model_folder
 from omniform.preview import draw_samples
 from omniform.report import cells_as_text, write_report
 from omniform.training.run import train
+from omniform.training.run_folder import lock_folder
 from omniform.training.tokenizer_task import train_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -72,11 +73,11 @@ def run_demo(out: Path, fresh: bool = False, size: Literal["full", "tiny"] = "fu
         size: "tiny" takes the same path with very few steps: its model has learnt nothing.
 
     Raises:
-        OmniformError: `out` holds other things where the demo puts its own, or a stage could not be carried out; the
-            stages before it stay done.
+        OmniformError: `out` holds other things where the demo puts its own, another process works in it, or a stage
+            could not be carried out; the stages before it stay done.
     """
-    out.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(out)
+    lock_folder(out)
     run_stages(_stages(out, size), out / "stages.json", fresh=fresh)
     note = "Size tiny: a few steps of everything. The model has learnt nothing yet." if size == "tiny" else ""
     report = write_report(out, _commands(out, size), note)

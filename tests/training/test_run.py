@@ -20,10 +20,10 @@ from omniform.modeling.config import parse_config
 from omniform.modeling.folder import LoadedModel
 from omniform.modeling.model import UnifiedModel
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
-from omniform.training.config import TrainConfig
+from omniform.training.config import FitConfig, TrainConfig
 from omniform.training.forecast import forecast
 from omniform.training.run import train
-from omniform.training.run_folder import RunFolderError
+from omniform.training.run_folder import LOCK, RunFolderError, open_run_folder
 from omniform.training.tokenizer_task import train_tokenizer
 
 
@@ -162,7 +162,7 @@ def test_forecast_flops_are_those_that_torch_counts(config_file: Path, trained: 
         ("optim.lerning_rate=1", "optim.lerning_rate: unknown key"),
         ("optim.lr=-1", "optim.lr: .*greater than 0"),
         ("optim.warmup_steps=4", "warmup_steps is 4, expected fewer than steps = 4"),
-        ("rows_per_step=5", "rows_per_step is 5, expected a multiple"),
+        ("rows_per_step=0", "rows_per_step: .*greater than or equal to 1"),
         ("tokenizers.image=/nowhere", "/nowhere"),
         ("model.objectives={text: next_token}", "model.objectives is for"),
         ("name=..", "name: String should match"),
@@ -193,3 +193,23 @@ def test_changed_config_names_the_change(config_file: Path, trained: tuple[Path,
 def test_missing_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OmniformError, match=r"nothing\.yaml cannot be read"):
         train(tmp_path / "nothing.yaml")
+
+
+def test_folder_of_a_running_process_is_left_alone(tmp_path: Path) -> None:
+    config = FitConfig(name="any", steps=1)
+    open_run_folder(tmp_path / "mine", config)
+    open_run_folder(tmp_path / "mine", config)  # one process may go on in the folder that it holds
+    (tmp_path / "theirs" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "theirs" / "config.yaml").touch()
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, 2); print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "theirs" / LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        for fresh in (False, True):
+            with pytest.raises(RunFolderError, match=r"another process is training in .*theirs"):
+                open_run_folder(tmp_path / "theirs", config, fresh=fresh)
+        assert (tmp_path / "theirs" / "checkpoints").exists()
+        process.kill()
+    open_run_folder(tmp_path / "theirs", config, fresh=True)
+    assert not (tmp_path / "theirs" / "checkpoints").exists()
