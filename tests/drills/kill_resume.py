@@ -138,10 +138,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=["model", "toy"], default="model")
     parser.add_argument("--kills", type=int, default=20, help="kills that must hit a live process")
+    parser.add_argument("--at", nargs="+", choices=MOMENTS, default=list(MOMENTS), help="moments of the kills")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    delays, hits, differing = random.Random(arguments.seed), dict.fromkeys(MOMENTS, 0), 0
+    delays, hits, differing = random.Random(arguments.seed), dict.fromkeys(arguments.at, 0), 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run = {"model": prepare_model, "toy": prepare_toy}[arguments.task](folder)
@@ -152,7 +153,7 @@ def main() -> int:
         assert any(path.startswith("model/") for path in expected)
         out = folder / f"run-{next(numbers)}"
         n_compared, finished = 0, True
-        for moment in itertools.islice(itertools.cycle(MOMENTS), STARTS_PER_KILL * arguments.kills):
+        for moment in itertools.islice(itertools.cycle(arguments.at), STARTS_PER_KILL * arguments.kills):
             if sum(hits.values()) >= arguments.kills:
                 break
             delay = delays.uniform(0, seconds if moment == "any" else LONGEST_DELAY)
