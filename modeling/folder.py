@@ -104,12 +104,7 @@ def save_model_folder(
     save_file({name: w.detach().float().contiguous().cpu() for name, w in weights.items()}, draft / "model.safetensors")
     (draft / "README.md").write_text(card, encoding="utf-8")
     write_manifest(draft)
-    retired = folder.with_name(f".{folder.name}.retired")
-    shutil.rmtree(retired, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, retired)
-    os.replace(draft, folder)
-    shutil.rmtree(retired, ignore_errors=True)
+    commit(draft, folder)
 
 
 def load_model_folder(folder: Path) -> LoadedModel:
@@ -155,6 +150,22 @@ def load_model_folder(folder: Path) -> LoadedModel:
     return LoadedModel(model.eval(), tokenizers, _read_json(folder / "generation_config.json"))
 
 
+def commit(draft: Path, final: Path) -> None:
+    """Flush every file of `draft` to the disk and make it appear as `final`, whole, in one rename.
+
+    An older `final` is set aside as .NAME.retired just before that rename, and deleted once the new one is there.
+    """
+    for path in [*draft.rglob("*"), draft]:
+        _flush(path)
+    retired = final.with_name(f".{final.name}.retired")
+    if final.exists():
+        shutil.rmtree(retired, ignore_errors=True)
+        os.replace(final, retired)
+    os.replace(draft, final)
+    _flush(final.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
 def write_manifest(folder: Path) -> None:
     """Write the sha256 of every file of a folder, in the format of `sha256sum`."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
@@ -197,6 +208,14 @@ def file_digest(path: Path) -> str:
     """Return the sha256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

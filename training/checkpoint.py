@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omniform.errors import OmniformError
-from omniform.modeling.folder import ModelFolderError, verify_manifest, write_manifest
+from omniform.modeling.folder import ModelFolderError, commit, verify_manifest, write_manifest
 from omniform.training import random_state
 from omniform.training.engine import WEIGHTS, Engine
 from omniform.training.optim import EMA, MOMENTS
@@ -157,14 +157,6 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def commit(draft: Path, final: Path) -> None:
-    """Flush every file of `draft` to the disk and make it appear as `final` in one instant."""
-    for path in [*draft.rglob("*"), draft]:
-        _flush(path)
-    os.replace(draft, final)
-    _flush(final.parent)
-
-
 def remove(path: Path) -> None:
     """Delete a checkpoint without ever leaving part of it under a complete name."""
     retired = path.with_name(f".{path.name}.retired")
@@ -215,11 +207,3 @@ def _load(path: Path, engine: Engine, prefixes: dict[str, str]) -> None:
             )
         for full, (name, key, _) in wanted.items():
             engine.write(name, file.get_tensor(full), key)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from omniform.errors import OmniformError
+from omniform.modeling.folder import commit
 from omniform.training import random_state
 from omniform.training.checkpoint import (
     Progress,
-    commit,
     complete_checkpoints,
     load_checkpoint,
     newest_checkpoint,
@@ -110,7 +110,6 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
         draft = out / f".{result}.draft"
         shutil.rmtree(draft, ignore_errors=True)
         task.save(draft, replica.eval())
-        shutil.rmtree(out / result, ignore_errors=True)
         commit(draft, out / result)
     engine.close()
     return out / result

@@ -9,7 +9,6 @@ OUT/stages.json calls finished has that digest, continued when the one that was 
 import functools
 import hashlib
 import json
-import os
 import resource
 import shlex
 import shutil
@@ -32,7 +31,7 @@ from omniform.inference.evaluation import evaluate_any_to_any
 from omniform.inference.generate import Model
 from omniform.inference.tokenizer_evaluation import evaluate_tokenizer
 from omniform.modeling.folder import MANIFEST as MODEL_MANIFEST
-from omniform.modeling.folder import load_model_folder
+from omniform.modeling.folder import commit, load_model_folder
 from omniform.preview import draw_samples
 from omniform.report import cells_as_text, write_report
 from omniform.training.run import train
@@ -155,7 +154,10 @@ def _stages(out: Path, size: str) -> list[Stage]:
     def fit(fresh: bool) -> None:
         preview = functools.partial(draw_samples, prompts=_PROMPTS)
         trained = train(CONFIGS / "digits.yaml", overrides["model"], out / "run", fresh=fresh, preview=preview)
-        _replace_folder(trained, model)
+        draft = out / ".model.draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(trained, draft)
+        commit(draft, model)
 
     def evaluate(fresh: bool) -> None:
         loaded = load_model_folder(model)
@@ -197,15 +199,6 @@ def _replace_prefix(value: Any, out: Path) -> Any:
     if isinstance(value, str) and Path(value).is_relative_to(DEFAULT_OUT):
         return str(out / Path(value).relative_to(DEFAULT_OUT))
     return value
-
-
-def _replace_folder(source: Path, target: Path) -> None:
-    """Make `target` a copy of `source`; a crash leaves the old one, the new one or none, never half of one."""
-    draft = target.with_name(f".{target.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source, draft)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(draft, target)
 
 
 def _write_record(path: Path, content: object) -> None:
