@@ -48,7 +48,7 @@ MOMENTS = {
     "committed": "checkpoints/step-*",
     "result": ".*model.draft*",
 }
-LONGEST_DELAY = 0.03  # seconds from what appears to the kill
+LONGEST_DELAY = 0.01  # seconds from what appears to the kill
 STARTS_PER_KILL = 4
 FORK = multiprocessing.get_context("fork")
 SETTINGS = {
