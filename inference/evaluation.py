@@ -67,10 +67,10 @@ def evaluate_any_to_any(
 ) -> dict[str, Any]:
     """Score a model on digits-world.
 
-    Judges are fitted on real train items only. A cell's ceiling is what the image judge reaches on the same real
-    held-out images; text to text has 1. The copy rate counts generated images that are nearer to a train image, altered
-    ones among them, than original train images are to each other (5th percentile), all after the tokenizer's round
-    trip; that of real held-out images stands beside it.
+    Judges are fitted on train items and their altered copies, on nothing else. A cell's ceiling is what the image judge
+    reaches on the same real held-out images; text to text has 1. The copy rate counts generated images that are nearer
+    to a train image, altered ones among them, than original train images are to each other (5th percentile), all after
+    the tokenizer's round trip; that of real held-out images stands beside it.
 
     Args:
         data_dir: the world's folder, with its splits.

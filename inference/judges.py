@@ -1,4 +1,4 @@
-"""Judges: what tells whether a generated item shows what was asked for. Fitted on real train items only."""
+"""Judges: what tells whether a generated item shows what was asked for. Fitted on train rows only."""
 
 import math
 import re

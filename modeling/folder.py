@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omniform.errors import OmniformError
-from omniform.modeling.config import ConfigError, ModelConfig, dump_config, parse_config
+from omniform.modeling.config import ModelConfig, dump_config, parse_config
 from omniform.modeling.model import UnifiedModel
 from omniform.tokenizers.base import Discrete, Modality, folder_digest
 from omniform.tokenizers.registry import load_modality
@@ -125,6 +125,16 @@ def load_model_folder(folder: Path) -> LoadedModel:
         raise ModelFolderError(
             f"{folder / 'config.json'} is of format {record.get('format')!r} version {record.get('format_version')!r}, "
             f"expected 'omniform' version {FORMAT_VERSION}"
+        )
+    named = record.get("tokenizers")
+    if (
+        not isinstance(record.get("model"), dict)
+        or not isinstance(named, dict)
+        or not all(map(str.isidentifier, named))
+    ):
+        raise ModelFolderError(
+            f"{folder / 'config.json'} lacks `model` or `tokenizers` by plain names: take the folder again from "
+            "where it was saved"
         )
     config = parse_config(ModelConfig, json.dumps(record["model"]), source=str(folder / "config.json"))
     tokenizers = {name: load_modality(folder / "tokenizers" / name) for name in record["tokenizers"]}
@@ -228,5 +238,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelFolderError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object")
+        raise ModelFolderError(f"{path} holds a {type(content).__name__}, expected an object")
     return content

@@ -136,7 +136,7 @@ def _cells(metrics: Mapping[str, Any]) -> str:
     return (
         "<h2>How well</h2>"
         + _table(head, [(_arrow(name), *_figures(cell)) for name, cell in cells.items()])
-        + '<p class="note">The judge is a classifier fitted on real training drawings only. The ceiling is its own '
+        + '<p class="note">The judge is a classifier fitted on the training drawings only. The ceiling is its own '
         "accuracy on real held-out drawings; drawings that are easier to read can lie above it. A copy is a generated "
         "drawing nearer to one that training showed, altered ones too, than 95% of original training drawings are to "
         "one another; beside it stands how often that is so for real held-out ones.</p>"

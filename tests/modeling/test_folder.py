@@ -177,3 +177,12 @@ def test_saving_again_replaces_the_whole_folder(folder: Path, model_config: Mode
     assert (folder / "model.safetensors").read_bytes() != before
     assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name]
     load_model_folder(folder)
+
+
+@pytest.mark.parametrize("record", [{"model": 3}, {"tokenizers": ["text"]}, {"tokenizers": {"../text": "0"}}])
+def test_a_config_that_no_model_has_is_refused(folder: Path, record: dict) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | record))
+    write_manifest(folder)
+    with pytest.raises(ModelFolderError, match="plain names"):
+        load_model_folder(folder)
