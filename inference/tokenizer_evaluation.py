@@ -31,7 +31,7 @@ def evaluate_tokenizer(folder: Path, data_dir: Path, split: str = "test", *, out
     copies.
 
     Args:
-        folder: of the tokenizer.
+        folder: of the tokenizer, or the run folder that holds it as tokenizer/.
         data_dir: a world, whose splits are subfolders.
         split: held-out items to encode.
         out: folder for tokenizer.json, and reconstructions.png of an image tokenizer.
@@ -42,7 +42,8 @@ def evaluate_tokenizer(folder: Path, data_dir: Path, split: str = "test", *, out
     Raises:
         OmniformError: the tokenizer or the data cannot be read, or the split holds nothing of the modality.
     """
-    tokenizer = load_modality(folder)
+    in_run = folder / "tokenizer"
+    tokenizer = load_modality(in_run if in_run.is_dir() else folder)
     items, digits = _read(tokenizer, data_dir / split)
     tokens = tokenizer.encode_batch(items)
     decoded = tokenizer.decode_batch(tokens)

@@ -101,7 +101,9 @@ def save_model_folder(
     _write_json(draft / "config.json", record)
     _write_json(draft / "vocabulary.json", build_vocabulary(tokenizers).to_json())
     _write_json(draft / "generation_config.json", dict(generation_config))
-    save_file({name: w.detach().float().contiguous().cpu() for name, w in weights.items()}, draft / "model.safetensors")
+    save_tensors(
+        {name: w.detach().float().contiguous().cpu() for name, w in weights.items()}, draft / "model.safetensors"
+    )
     (draft / "README.md").write_text(card, encoding="utf-8")
     write_manifest(draft)
     commit(draft, folder)
@@ -174,6 +176,14 @@ def commit(draft: Path, final: Path) -> None:
     os.replace(draft, final)
     _flush(final.parent)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read as far as the user's umask lets them."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path)
+    path.chmod(mode)  # safetensors makes its files private
 
 
 def write_manifest(folder: Path) -> None:

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from omniform.errors import OmniformError
-from omniform.modeling.folder import ModelFolderError, commit, verify_manifest, write_manifest
+from omniform.modeling.folder import ModelFolderError, commit, save_tensors, verify_manifest, write_manifest
 from omniform.training import random_state
 from omniform.training.engine import WEIGHTS, Engine
 from omniform.training.optim import EMA, MOMENTS
@@ -70,16 +69,16 @@ def save_checkpoint(folder: Path, engine: Engine, progress: Progress, *, keep: i
     weights = _collect(engine, {"": WEIGHTS})
     if first:
         weights |= {name: b.detach().cpu().contiguous().clone() for name, b in engine.buffers().items()}
-        save_file(weights, draft / "weights.safetensors")
+        save_tensors(weights, draft / "weights.safetensors")
     del weights
     moments = _collect(engine, {f"{key}/": key for key in MOMENTS})
     if first:
-        save_file(moments, draft / "optimizer.safetensors")
+        save_tensors(moments, draft / "optimizer.safetensors")
     del moments
     if EMA in engine.state_keys:
         average = _collect(engine, {"": EMA})
         if first:
-            save_file(average, draft / "ema.safetensors")
+            save_tensors(average, draft / "ema.safetensors")
     random_states = engine.gather_objects(random_state.capture())
     if first:
         state = {

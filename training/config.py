@@ -117,7 +117,8 @@ class FitConfig:
     def _check_steps(self) -> "FitConfig":
         if self.optim.warmup_steps >= self.steps:
             raise ValueError(
-                f"optim.warmup_steps is {self.optim.warmup_steps}, expected fewer than steps = {self.steps}"
+                f"optim.warmup_steps is {self.optim.warmup_steps}, expected fewer than steps = {self.steps}: "
+                "lower the one or raise the other"
             )
         return self
 

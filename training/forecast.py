@@ -59,7 +59,7 @@ class Forecast:
                 f"memory      {_size(memory)} per process: {_size(self.state_bytes)} weights, gradients and optimizer, "
                 f"about {_size(self.activation_bytes)} activations; the first one also holds a copy of the weights",
                 f"compute     {self.flops_per_step:.3g} FLOPs per step, {self.flops_per_step * self.steps:.3g} in all",
-                f"time        about {timedelta(seconds=round(self.seconds))}, at {ASSUMED_UTILISATION:.0%} of the "
+                f"time        {timedelta(seconds=round(self.seconds))}, at best, at {ASSUMED_UTILISATION:.0%} of the "
                 f"{self.matmul_flops / 1e9:,.0f} GFLOP/s of matrix products measured here",
                 f"disk        {_size(self.checkpoint_bytes)} per checkpoint, up to {_size(self.disk_bytes)} in all, "
                 f"{_size(self.free_disk)} free",

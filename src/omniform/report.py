@@ -111,7 +111,8 @@ def _headline(metrics: Mapping[str, Any], stages: Mapping[str, Any], note: str) 
     return (
         "<header><h1>One small transformer, trained here</h1><p>It learnt from scratch, on this machine, to draw "
         "handwritten digits from captions and to caption drawings. Everything below was measured on the "
-        f"{html.escape(metrics['split'])} split: writers and wordings that it never saw in training.</p>"
+        f"{html.escape(metrics['split'])} split: wordings, and blocks of drawings (a proxy for writers), that it never "
+        "saw.</p>"
         f'{f"<p><strong>{html.escape(note)}</strong></p>" if note else ""}<div class="tiles">{shown}</div></header>'
     )
 

@@ -171,6 +171,11 @@ def test_no_folder_says_what_to_expect(tmp_path: Path) -> None:
         load_model_folder(tmp_path / "none")
 
 
+def test_every_file_is_as_readable_as_the_umask_says(folder: Path) -> None:
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {modes["config.json"]}
+
+
 def test_saving_again_replaces_the_whole_folder(folder: Path, model_config: ModelConfig) -> None:
     before = (folder / "model.safetensors").read_bytes()
     _save(folder, model_config, seed=1)
