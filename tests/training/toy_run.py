@@ -109,4 +109,4 @@ if __name__ == "__main__":
         try:
             run_toy(Path(run.pop("out")), **run)
         except SystemExit as stopped:
-            print("stopped with status", stopped.code)
+            os.write(1, f"stopped with status {stopped.code}\n".encode())  # whole, beside other processes' lines
