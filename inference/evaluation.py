@@ -20,6 +20,7 @@ from omniform.errors import OmniformError
 from omniform.inference.generate import Model
 from omniform.inference.judges import (
     DigitImageJudge,
+    at_judged_size,
     copy_rate,
     digit_of_text,
     wilson_interval,
@@ -184,8 +185,8 @@ def _item(model: Model, image: Image.Image) -> Tensor:
 
 
 def _pixels(images: Sequence[Tensor]) -> npt.NDArray[np.float32]:
-    """Return gray images (N, H, W) in [-1, 1]."""
-    return torch.stack(list(images)).mean(dim=1).numpy()
+    """Return gray images (N, 16, 16) in [-1, 1], as judges see them."""
+    return at_judged_size(torch.stack(list(images)).mean(dim=1).numpy())
 
 
 def _tell(model: Model, part: ContentPart) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Judges: what tells whether a generated item shows what was asked for. Fitted on train rows only."""
+"""Judges: what tells whether a generated item shows what was asked for. Fitted on train rows only.
+
+Judges of pictures see all of them at JUDGED_SIZE pixels, so that models with pictures of different sizes compare.
+"""
 
 import math
 import re
@@ -15,11 +18,31 @@ from omniform.errors import OmniformError
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DIGIT_OF = {name: digit for digit, word in enumerate(_WORDS) for name in (word, str(digit))}
 _CHUNK = 1024  # rows of one distance matrix, which bounds memory
+JUDGED_SIZE = 16  # pixels per side
+
+
+def at_judged_size(images: Float[np.ndarray, "N H W"]) -> Float[np.ndarray, "N 16 16"]:
+    """Return square images at JUDGED_SIZE: each pixel is the mean of the area that it covers; those that are of that
+    size already are returned as they are.
+
+    Raises:
+        OmniformError: not square, or not a multiple of JUDGED_SIZE pixels per side.
+    """
+    height, width = images.shape[1:]
+    if height != width or height == 0 or height % JUDGED_SIZE:
+        raise OmniformError(
+            f"images of {width} x {height} pixels cannot be judged: expected squares of {JUDGED_SIZE} pixels per side, "
+            "or of a multiple of it: choose such an image_size for the image tokenizer"
+        )
+    factor = height // JUDGED_SIZE
+    if factor == 1:
+        return images
+    return images.reshape(len(images), JUDGED_SIZE, factor, JUDGED_SIZE, factor).mean(axis=(2, 4))
 
 
 @dataclass(frozen=True)
 class DigitImageJudge:
-    """Which digit an image shows: a support vector machine with a Gaussian kernel on the pixels.
+    """Which digit an image shows: a support vector machine with a Gaussian kernel on the pixels at JUDGED_SIZE.
 
     C = 10 and gamma = 0.05 on pixels scaled to [0, 1]; settings were chosen on validation rows.
     """
@@ -31,7 +54,7 @@ class DigitImageJudge:
         """Learn from real train images in [-1, 1] and the digits that they show.
 
         Raises:
-            OmniformError: scikit-learn is not installed.
+            OmniformError: scikit-learn is not installed, or images of a size that `at_judged_size` refuses.
         """
         try:
             from sklearn.svm import SVC
@@ -99,7 +122,7 @@ def wilson_interval(n_right: int, n: int, z: float = 1.959964) -> tuple[float, f
 
 
 def _features(images: Float[np.ndarray, "N H W"]) -> Float[np.ndarray, "N F"]:
-    return (np.asarray(images, dtype=np.float64).reshape(len(images), -1) + 1) / 2
+    return (at_judged_size(np.asarray(images, dtype=np.float64)).reshape(len(images), -1) + 1) / 2
 
 
 def _nearest_distances(

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from omniform.data.digits import SPLIT_ROWS, load_digit_images, warped
 from omniform.errors import OmniformError
-from omniform.inference.judges import DigitImageJudge, copy_rate, digit_of_text, wilson_interval
+from omniform.inference.judges import DigitImageJudge, at_judged_size, copy_rate, digit_of_text, wilson_interval
 
 
 def test_the_image_judge_knows_held_out_writers() -> None:
@@ -20,6 +20,24 @@ def test_the_image_judge_knows_held_out_writers() -> None:
     assert (judge.predict(images[validation]) == labels[validation]).mean() > 0.95
     shuffled = np.random.default_rng(0).permuted(images[validation].reshape(130, -1), axis=1).reshape(130, 16, 16)
     assert (judge.predict(shuffled) == labels[validation]).mean() < 0.25  # chance is 0.1
+
+
+def test_enlarged_images_are_judged_as_the_originals_are() -> None:
+    images = load_digit_images()[0][:40].astype(np.float32)
+    assert at_judged_size(images) is images
+    assert np.array_equal(at_judged_size(images.repeat(3, axis=1).repeat(3, axis=2)), images)
+    block = np.arange(32 * 32.0).reshape(1, 32, 32)
+    assert at_judged_size(block)[0, 3, 5] == block[0, 6:8, 10:12].mean()
+    labels = load_digit_images()[1][:40]
+    judge = DigitImageJudge.fit(images / 127.5 - 1, labels)
+    enlarged = images.repeat(2, axis=1).repeat(2, axis=2) / 127.5 - 1
+    assert np.array_equal(judge.predict(enlarged), judge.predict(images / 127.5 - 1))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (24, 24), (16, 32), (0, 0)])
+def test_images_of_other_sizes_are_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(OmniformError, match=f"{size[1]} x {size[0]} pixels cannot be judged"):
+        at_judged_size(np.zeros((2, *size)))
 
 
 @pytest.mark.parametrize(
