@@ -1,7 +1,5 @@
 """Images <-> a grid of codes of a convolutional autoencoder."""
 
-import io
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -10,7 +8,7 @@ import numpy as np
 import safetensors
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load, save
@@ -19,12 +17,11 @@ from torch import Tensor
 from omniform.tokenizers.base import Discrete, Modality, TokenizerError, Tokens
 from omniform.tokenizers.codecs.quantizers import FSQConfig, QuantizerConfig
 from omniform.tokenizers.folder import read_tokenizer_folder, write_tokenizer_folder
+from omniform.tokenizers.image_files import Fit, Mode, fit_picture, plain_picture, read_picture
 
 if TYPE_CHECKING:
     from omniform.tokenizers.codecs.conv import ConvCodec
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 2**26
 _PAYLOAD = "codec.safetensors"
 _CHUNK = 256  # images in one pass of the codec, which bounds memory
 
@@ -36,6 +33,9 @@ class ImageTokenizerConfig:
     Attributes:
         channels: 1 for grey, 3 for colour.
         image_size: pixels per side.
+        fit: how a picture of another shape is brought to that size: its central square ("crop"), all of it with margins
+            ("pad"), or all of it with other proportions ("stretch").
+        background: grey level of the margins that "pad" leaves.
         patch_size: pixels per side of the patches that the first layer reads.
         widths: channels at each resolution, each half as fine as the one before.
         n_blocks: residual blocks at each resolution, in encoder and decoder each.
@@ -43,6 +43,8 @@ class ImageTokenizerConfig:
 
     channels: Literal[1, 3] = 1
     image_size: int = Field(default=16, ge=1)
+    fit: Fit = "crop"
+    background: int = Field(default=255, ge=0, le=255)
     patch_size: int = Field(default=2, ge=1)
     widths: Annotated[tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...], Field(min_length=1)] = (64, 96)
     n_blocks: int = Field(default=1, ge=1)
@@ -117,35 +119,30 @@ class ImageTokenizer(Modality):
         return [image for chunk in images for image in chunk]
 
     def read(self, payload: bytes) -> Float[Tensor, "C H W"]:
-        """Decode a PNG, JPEG or WebP file and fit it to the tokenizer, as `from_pil` does.
+        """Decode an image file (`image_files` says which) and fit it to the tokenizer.
 
         Raises:
-            TokenizerError: it is not a whole image of these formats, or has more than MAX_PIXELS pixels.
+            TokenizerError: it is not a whole image, or above the bounds of `image_files`.
         """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what Pillow can read is good enough; a stricter bound is below
-                image = Image.open(io.BytesIO(payload), formats=FORMATS)
-                if image.width * image.height <= MAX_PIXELS:
-                    return self.from_pil(image)
-        except Exception as error:  # Pillow raises almost any type on hostile bytes, EXIF among them
-            raise TokenizerError(f"{len(payload)} bytes are not a whole {', '.join(FORMATS)} image: {error}") from error
-        raise TokenizerError(f"an image has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}")
+        return self._fitted(read_picture(payload, self._mode))
 
     def from_pil(self, image: Image.Image) -> Float[Tensor, "C H W"]:
-        """Turn any image upright, lay it on white where it is transparent, crop it to its central square, and scale it
-        to the tokenizer's size and channels."""
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 rather than scale them
-            upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-        if upright.has_transparency_data:
-            shown = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
-        coloured = upright.convert("L" if self.config.channels == 1 else "RGB")
+        """Turn any image upright, lay it on white where it is transparent, and bring it to the tokenizer's size, in the
+        way that the config's `fit` says, and channels.
+
+        Raises:
+            TokenizerError: it cannot be decoded, or is above the bounds of `image_files`.
+        """
+        return self._fitted(plain_picture(image, self._mode))
+
+    @property
+    def _mode(self) -> Mode:
+        return "L" if self.config.channels == 1 else "RGB"
+
+    def _fitted(self, picture: Image.Image) -> Float[Tensor, "C H W"]:
         size = (self.config.image_size, self.config.image_size)
-        if coloured.size != size:
-            coloured = ImageOps.fit(coloured, size, Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(coloured)).view(*size, self.config.channels)
+        fitted = fit_picture(picture, size, self.config.fit, self.config.background)
+        pixels = torch.from_numpy(np.array(fitted)).view(*size, self.config.channels)
         return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
     def to_pil(self, item: Float[Tensor, "C H W"]) -> Image.Image:

@@ -131,7 +131,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
 def test_damaged_exif_is_an_error_of_that_image(file_format: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, file_format, exif=b"Exif\0\0junkjunkjunkjunk")
-    with pytest.raises(TokenizerError, match="not a whole PNG, JPEG, WEBP image: not a TIFF file"):
+    with pytest.raises(TokenizerError, match="not a whole PNG, .* image: not a TIFF file"):
         build().read(file.getvalue())
 
 
@@ -139,7 +139,7 @@ def test_files_that_are_no_images_are_refused() -> None:
     tokenizer = build()
     whole = png(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)))
     for payload in (b"", b"GIF89a", whole[:50], b"BM" + whole):
-        with pytest.raises(TokenizerError, match="not a whole PNG, JPEG, WEBP image"):
+        with pytest.raises(TokenizerError, match="not a whole PNG, .* image"):
             tokenizer.read(payload)
     for width, height in ((9000, 9000), (20_000, 20_000)):
         header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
