@@ -93,11 +93,14 @@ class ModelConfig:
     Attributes:
         objectives: by modality; text must be among them.
         z_loss: weight of log(Z)^2 in every discrete loss.
+        next_span_weight: weight of predicting which modality follows a span, learnt from interleaved documents; 0
+            learns none of it, and then the order of a reply's parts must always be asked for.
     """
 
     decoder: DecoderConfig = DecoderConfig()
     objectives: dict[str, AnyObjective]
     z_loss: float = Field(default=0.0, ge=0)
+    next_span_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check_objectives(self) -> "ModelConfig":

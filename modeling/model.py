@@ -15,27 +15,38 @@ from omniform.modeling.decoder import Decoder
 from omniform.modeling.interfaces import DiscreteInterface
 from omniform.modeling.layers import KeyValueCache
 from omniform.modeling.objectives.base import Objective
+from omniform.modeling.objectives.next_token import NextToken
 from omniform.modeling.sequence import PackedBatch
 from omniform.tokenizers.vocabulary import IdRange, Vocabulary
+
+NEXT_SPAN = "next_span"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one modality's head is asked for in a batch, and the answers.
+    """What one head is asked for in a batch, and the answers.
 
     Attributes:
         rows: flat index, in (B * L), of the rows whose hidden states predict.
-        labels: right answers, counted from the modality's first target id.
+        labels: right answers, counted from the first id of the range that is predicted.
         weights: weight per prediction; 0 counts for nothing.
+        count: what the loss sum is to be divided by.
     """
 
     rows: Int[Tensor, "M"]
     labels: Int[Tensor, "M"]
     weights: Float[Tensor, "M"]
+    count: float
 
     def to(self, device: torch.device | str) -> "Predictions":
         """Return the same on `device`."""
-        return Predictions(self.rows.to(device), self.labels.to(device), self.weights.to(device))
+        return Predictions(self.rows.to(device), self.labels.to(device), self.weights.to(device), self.count)
+
+    @classmethod
+    def dummy(cls) -> "Predictions":
+        """Return one prediction of weight 0, so that a head without targets runs on every rank all the same."""
+        row = torch.zeros(1, dtype=torch.int64)
+        return cls(row, row, torch.zeros(1), 0.0)
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,8 @@ class CorruptedBatch:
     """A packed batch after its objectives' forward process: what the network reads, and what it is asked.
 
     Attributes:
-        predictions: every modality of the vocabulary, in its order; a modality without targets has one dummy of
-            weight 0, so that all ranks run the same modules in the same order.
+        predictions: every modality of the vocabulary, in its order, then `NEXT_SPAN`: which span follows. What has no
+            targets has one dummy of weight 0, so that all ranks run the same modules in the same order.
     """
 
     token_ids: Int[Tensor, "B L"]
@@ -54,8 +65,8 @@ class CorruptedBatch:
 
     @property
     def counts(self) -> dict[str, float]:
-        """Sum of the weights of each modality's predictions: what its loss sum is to be divided by."""
-        return {modality: float(p.weights.sum()) for modality, p in self.predictions.items()}
+        """What each loss sum is to be divided by."""
+        return {term: predictions.count for term, predictions in self.predictions.items()}
 
     def to(self, device: torch.device | str) -> "CorruptedBatch":
         """Return the batch on `device`."""
@@ -75,8 +86,7 @@ def corrupt(batch: PackedBatch, vocabulary: Vocabulary, objectives: Mapping[str,
     for modality in vocabulary.names:
         targets = batch.targets.get(modality)
         if targets is None:
-            dummy = torch.zeros(1, dtype=torch.int64)
-            predictions[modality] = Predictions(dummy, dummy, torch.zeros(1))
+            predictions[modality] = Predictions.dummy()
             continue
         objective = objectives[modality]
         corrupted = objective.corrupt(targets, vocabulary.mask)
@@ -87,7 +97,13 @@ def corrupt(batch: PackedBatch, vocabulary: Vocabulary, objectives: Mapping[str,
             torch.from_numpy(targets.rows[counted] + objective.shift),
             torch.from_numpy(targets.token_ids[counted] - first_id),
             torch.from_numpy(corrupted.loss_weights[counted]),
+            float(corrupted.loss_weights.sum()) if corrupted.count is None else corrupted.count,
         )
+    rows, following = batch.next_spans
+    predictions[NEXT_SPAN] = Predictions.dummy()
+    if len(rows):
+        labels = following - vocabulary.next_span_range.start
+        predictions[NEXT_SPAN] = Predictions(rows, labels, torch.ones(len(rows)), float(len(rows)))
     return CorruptedBatch(token_ids, batch.position_ids, batch.pattern, predictions)
 
 
@@ -110,15 +126,29 @@ class UnifiedModel(nn.Module):
         self.decoder = Decoder(config.decoder)
         self._initialize()
 
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """Weight of each loss term, in the order in which `forward` returns them."""
+        objectives, weight = self.config.objectives, self.config.next_span_weight
+        weights = {modality: objectives[modality].weight for modality in self.vocabulary.names}
+        return {**weights, NEXT_SPAN: weight} if weight else weights
+
     def forward(self, batch: CorruptedBatch) -> dict[str, Float[Tensor, ""]]:
-        """Return the loss SUM of every modality, in the vocabulary's order; the counts are `batch.counts`."""
+        """Return the loss SUM of every modality, in the vocabulary's order, then that of `NEXT_SPAN` if it is learnt;
+        the counts are `batch.counts`."""
         hidden = self.hidden(batch.token_ids, batch.position_ids, batch.pattern).flatten(0, 1)
         losses = {}
-        for modality, predictions in batch.predictions.items():
-            logits = self.logits(hidden[predictions.rows], self.vocabulary.target_range(modality))
-            objective = self.config.objectives[modality]
-            losses[modality] = objective.loss(logits, predictions.labels, predictions.weights, self.config.z_loss)
+        for term in self.term_weights:
+            asked = batch.predictions[term]
+            # Which span follows is one more next-token prediction, over its own few ids.
+            objective = NextToken() if term == NEXT_SPAN else self.config.objectives[term]
+            logits = self.logits(hidden[asked.rows], self.target_range(term))
+            losses[term] = objective.loss(logits, asked.labels, asked.weights, self.config.z_loss)
         return losses
+
+    def target_range(self, term: str) -> IdRange:
+        """Return the ids that a loss term predicts."""
+        return self.vocabulary.next_span_range if term == NEXT_SPAN else self.vocabulary.target_range(term)
 
     def hidden(
         self,

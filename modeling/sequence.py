@@ -84,12 +84,15 @@ def span_extent(grid: tuple[int, ...], length: int) -> int:
     return length if len(grid) == 1 else max(grid)
 
 
-def document_length(parts: Sequence[tuple[str, int, Role]], objectives: Mapping[str, Objective]) -> int:
+def document_length(
+    parts: Sequence[tuple[str, int, Role]], objectives: Mapping[str, Objective], *, learn_order: bool = False
+) -> int:
     """Return the number of rows that a document takes, from (modality, number of codes, role) of its parts."""
     total = 0
     for place, (modality, n_codes, role) in enumerate(parts):
         length = n_codes + (modality == "text")
-        copies = role is Role.TARGET and objectives[modality].corrupts and place < len(parts) - 1
+        read_later = learn_order or place < len(parts) - 1
+        copies = role is Role.TARGET and objectives[modality].corrupts and read_later
         total += 1 + length * (2 if copies else 1)
     return total
 
@@ -99,6 +102,8 @@ class MultimodalSequence:
     """One sample as rows, with its spans in order.
 
     Attributes:
+        next_spans: (row, id) pairs: the row ends a span, and the id is what follows it: the begin marker of the next
+            span, or the vocabulary's `end` after the last. Empty unless the order of spans is learnt.
         noise_key: 64 bits that identify this sample's visit; keys its corruption.
     """
 
@@ -108,6 +113,7 @@ class MultimodalSequence:
     bidirectional: npt.NDArray[np.bool_]
     private: npt.NDArray[np.bool_]
     spans: tuple[Span, ...]
+    next_spans: tuple[tuple[int, int], ...] = ()
     noise_key: int = 0
 
     def __len__(self) -> int:
@@ -115,9 +121,19 @@ class MultimodalSequence:
 
     @classmethod
     def build(
-        cls, parts: Sequence[Part], vocabulary: Vocabulary, objectives: Mapping[str, Objective], noise_key: int = 0
+        cls,
+        parts: Sequence[Part],
+        vocabulary: Vocabulary,
+        objectives: Mapping[str, Objective],
+        noise_key: int = 0,
+        *,
+        learn_order: bool = False,
     ) -> "MultimodalSequence":
         """Lay the parts out as rows.
+
+        Args:
+            learn_order: what follows each span is learnt too, read from the span's last clean row; the last span then
+                needs a clean copy like the others.
 
         Raises:
             SequenceError: no parts, or a modality without an objective.
@@ -129,6 +145,7 @@ class MultimodalSequence:
         positions: list[npt.NDArray[np.int64]] = []
         blocks: list[tuple[int, bool, bool]] = []  # (rows, bidirectional, private)
         spans: list[Span] = []
+        next_spans: list[tuple[int, int]] = []
         row, position = 0, 0
         for place, part in enumerate(parts):
             if part.modality not in objectives:
@@ -145,7 +162,8 @@ class MultimodalSequence:
             blocks.append((1, False, False))
             row, position = row + 1, position + 1
             content_positions = grid_positions(grid, length, position)
-            noised = part.role is Role.TARGET and objective.corrupts and place < len(parts) - 1
+            read_later = learn_order or place < len(parts) - 1
+            noised = part.role is Role.TARGET and objective.corrupts and read_later
             for is_noised_copy in (True, False) if noised else (False,):
                 ids.append(contents)
                 positions.append(content_positions)
@@ -154,6 +172,9 @@ class MultimodalSequence:
                 spans.append(Span(part.modality, row, length, grid, role, is_noised_copy))
                 row += length
             position += span_extent(grid, length)
+            if learn_order:
+                last = place == len(parts) - 1
+                next_spans.append((row - 1, vocabulary.end if last else vocabulary.begin(parts[place + 1].modality)))
         rows_per_block = [rows for rows, _, _ in blocks]
         return cls(
             np.concatenate(ids),
@@ -162,18 +183,25 @@ class MultimodalSequence:
             np.repeat([bidirectional for _, bidirectional, _ in blocks], rows_per_block),
             np.repeat([private for _, _, private in blocks], rows_per_block),
             tuple(spans),
+            tuple(next_spans),
             noise_key,
         )
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Many sequences in (B, L) rows, and the target spans of each modality that has any."""
+    """Many sequences in (B, L) rows.
+
+    Attributes:
+        targets: the target spans of each modality that has any.
+        next_spans: flat rows that end a span whose successor is learnt, and the ids that follow; (2, S).
+    """
 
     token_ids: Int[Tensor, "B L"]
     position_ids: Int[Tensor, "B L 3"]
     pattern: AttentionPattern
     targets: Mapping[str, TargetSpans]
+    next_spans: Int[Tensor, "2 S"]
 
 
 def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabulary: Vocabulary) -> PackedBatch:
@@ -192,6 +220,7 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
     block_ids = np.zeros(shape, dtype=np.int64)
     bidirectional, private = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
     found: dict[str, list[tuple[MultimodalSequence, int, Span, int]]] = {}
+    next_spans: list[tuple[int, int]] = []
     for index, sequences in enumerate(rows):
         start = 0
         for document, sequence in enumerate(sequences):
@@ -208,6 +237,7 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
             for number, span in enumerate(sequence.spans):
                 if span.role is Role.TARGET:
                     found.setdefault(span.modality, []).append((sequence, index * row_length + start, span, number))
+            next_spans += [(index * row_length + start + row, following) for row, following in sequence.next_spans]
             start = stop
     arrays = (document_ids, block_ids, bidirectional, private)
     return PackedBatch(
@@ -215,6 +245,7 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
         torch.from_numpy(position_ids),
         AttentionPattern(*map(torch.from_numpy, arrays)),
         {modality: _collect(spans) for modality, spans in found.items()},
+        torch.tensor(next_spans, dtype=torch.int64).view(-1, 2).T,
     )
 
 

@@ -77,7 +77,7 @@ class AllAtOnce(Objective):
     def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
         return Corrupted(np.full_like(targets.token_ids, mask_id), np.ones(len(targets.token_ids), dtype=np.float32))
 
-    def begin(self, length: int, steps: int | None, mask_id: int) -> SpanState:
+    def begin(self, length: int, steps: int | None, mask_id: int, kept: Tensor | None = None) -> SpanState:
         return SpanState(torch.full((length,), mask_id), 0, 1)
 
     def inputs(self, state: SpanState, begin_id: int) -> Tensor:

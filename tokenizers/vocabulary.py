@@ -95,6 +95,11 @@ class Vocabulary:
         self._require(modality)
         return self._specials[f"begin:{modality}"]
 
+    @property
+    def next_span_range(self) -> IdRange:
+        """Ids among which lies what may follow a span: the begin markers, and `end` where nothing does."""
+        return IdRange(self.text_size, self.text_size + len(self._specials))
+
     def target_range(self, modality: str) -> IdRange:
         """Ids that a generated span of `modality` may hold: its codes, and the end id for text."""
         codes = self._require(modality)

@@ -39,8 +39,7 @@ class ModelTask:
         self.module: nn.Module = model
         self.model, self.data, self.tokenizers = model, data, tokenizers
         self.micro_batch_rows, self.generation_config, self.card = micro_batch_rows, generation_config, card
-        objectives = model.config.objectives
-        self.term_weights = {modality: objectives[modality].weight for modality in model.vocabulary.names}
+        self.term_weights = model.term_weights
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
         """Return this rank's rows of the step, every world_size-th, in forward passes of `micro_batch_rows`."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from omniform.kernels.cross_entropy import cross_entropy
@@ -48,10 +48,12 @@ class Corrupted:
     Attributes:
         token_ids: what the network reads in place of the clean contents.
         loss_weights: weight of each content row's prediction; 0 where there is nothing to predict.
+        count: what the loss sum is to be divided by; the sum of the weights unless given.
     """
 
     token_ids: npt.NDArray[np.int64]
     loss_weights: npt.NDArray[np.float32]
+    count: float | None = None
 
 
 @runtime_checkable
@@ -68,6 +70,10 @@ class Draw(Protocol):
         """Return standard Gumbel noise for each position."""
         ...
 
+    def smallest(self, scores: Float[Tensor, "N"], count: int) -> Bool[Tensor, "N"]:
+        """Return which `count` scores are the smallest; of equal ones the first."""
+        ...
+
 
 @dataclass(frozen=True)
 class SpanState:
@@ -78,12 +84,16 @@ class SpanState:
         step: number of steps done.
         n_steps: number of steps in all; for spans that end themselves the largest number allowed.
         done: nothing is left to do.
+        kept: in an edited span the contents that stay, and the mask id where a new one is wanted; None if all are new.
+        confidence: log-probability at which each content was decided, for objectives that may take a decision back.
     """
 
     token_ids: Int[Tensor, "N"]
     step: int
     n_steps: int
     done: bool = False
+    kept: Int[Tensor, "K"] | None = None
+    confidence: Float[Tensor, "N"] | None = None
 
 
 class Objective(ABC):
@@ -120,8 +130,12 @@ class Objective(ABC):
         return (losses * weights).where(weights > 0, 0.0).sum()
 
     @abstractmethod
-    def begin(self, length: int, steps: int | None, mask_id: int) -> SpanState:
-        """Open a span: of exactly `length` contents if the modality has a fixed grid, else of at most `length`."""
+    def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
+        """Open a span: of exactly `length` contents if the modality has a fixed grid, else of at most `length`.
+
+        Args:
+            kept: when a span is edited, `length` ids: contents that stay, and `mask_id` where a new one is wanted.
+        """
 
     @abstractmethod
     def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:

@@ -1,45 +1,93 @@
 """Masked (absorbing discrete diffusion) prediction: a span is filled in over a few parallel steps.
 
-Source: MaskGIT (arXiv:2202.04200), as used in one decoder with text by Show-o (arXiv:2408.12528).
+Sources: MaskGIT (arXiv:2202.04200), as used in one decoder with text by Show-o (arXiv:2408.12528); MDLM
+(arXiv:2406.07524) for the weights under which the loss bounds the likelihood; ReMDM (arXiv:2503.00307) for taking
+decisions of low confidence back.
 """
 
 import math
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from omniform.kernels.keyed_noise import keyed_uniform, stream
 from omniform.modeling.objectives.base import Corrupted, Draw, Objective, SpanState, TargetSpans
 
+Schedule = Literal["cosine", "linear", "square", "cubic", "sqrt"]
+Times = TypeVar("Times", float, npt.NDArray[np.float64])
+EARLIEST_TIME = 1e-3  # where the weights of the likelihood bound, which grow as 1 / t, are cut off
 
-def masked_fraction(t: float) -> float:
-    """Return gamma(t) = sin(pi t / 2): the fraction masked at time t, from 0 (data) to 1 (noise).
 
-    MaskGIT's cosine schedule cos(pi r / 2) with r = 1 - t.
+def masked_fraction(t: Times, schedule: Schedule = "cosine") -> Times:
+    """Return gamma(t), the fraction masked at time t, from 0 (data) to 1 (noise).
+
+    The functions of MaskGIT's section 3.2 and appendix at their argument r = 1 - t; its cosine cos(pi r / 2) is
+    sin(pi t / 2).
     """
-    return math.sin(math.pi * t / 2)
+    match schedule:
+        case "cosine":
+            return np.sin(np.pi * t / 2)
+        case "linear":
+            return t
+        case "square":
+            return 1 - (1 - t) ** 2
+        case "cubic":
+            return 1 - (1 - t) ** 3
+        case "sqrt":
+            return 1 - np.sqrt(1 - t)
+
+
+def masking_rate(t: Times, schedule: Schedule = "cosine") -> Times:
+    """Return gamma'(t), how fast contents are masked at time t."""
+    match schedule:
+        case "cosine":
+            return np.pi / 2 * np.cos(np.pi * t / 2)
+        case "linear":
+            return 1 + 0 * t
+        case "square":
+            return 2 * (1 - t)
+        case "cubic":
+            return 3 * (1 - t) ** 2
+        case "sqrt":
+            return 0.5 / np.sqrt(1 - t)
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Masked(Objective):
-    """Masked prediction with confidence-ordered parallel decoding.
+    """Masked prediction with parallel decoding.
 
-    Training draws t uniformly per span and masks ceil(gamma(t) * n) contents, at least one; only masked contents are
-    predicted, each at its own row, with equal weight.
+    Training draws t uniformly per span and masks contents; only masked contents are predicted, each at its own row.
 
     Attributes:
-        steps: decoding steps unless the request says otherwise; never more than contents.
+        schedule: gamma, of training and of decoding; see `masked_fraction`.
+        masking: "count" masks ceil(gamma(t) * n) contents, at least one (MaskGIT); "independent" masks each content
+            with probability gamma(t) (MDLM), perhaps none.
+        weighting: "uniform" counts all masked contents alike; "elbo" weights them by gamma'(t) / gamma(t), under which
+            the loss bounds the negative log-likelihood (MDLM, equation 10), in nats per content; times below
+            `EARLIEST_TIME` are left out, which lowers it by the fraction gamma of that time.
+        order: what a decoding step decides: "confidence" the contents with the highest probability, "random" any, as
+            the reverse process of MDLM does.
+        remask: decided contents compete with the new ones, and the least confident are masked again (after ReMDM's
+            confidence at the time of decision; deviation: their number follows `schedule`, so that steps stay as many).
+        steps: decoding steps unless the request says otherwise; never more than contents to decide.
         choice_temperature: scale of the Gumbel noise on the confidence; it falls linearly to 0 over the steps
             (MaskGIT, appendix; not compounded from step to step).
     """
 
     kind: Literal["masked"] = "masked"
     weight: float = Field(default=1.0, gt=0)
+    schedule: Schedule = "cosine"
+    masking: Literal["count", "independent"] = "count"
+    weighting: Literal["uniform", "elbo"] = "uniform"
+    order: Literal["confidence", "random"] = "confidence"
+    remask: bool = False
     steps: int = Field(default=8, ge=1)
     choice_temperature: float = Field(default=4.5, ge=0)
 
@@ -48,26 +96,43 @@ class Masked(Objective):
     shift: ClassVar[int] = 0
     commits: ClassVar[bool] = False
 
+    @model_validator(mode="after")
+    def _check_weighting(self) -> "Masked":
+        if self.weighting == "elbo" and self.masking == "count":
+            raise ValueError(
+                "weighting is elbo with masking count, whose counts the weights do not fit: choose masking: independent"
+            )
+        return self
+
     def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
-        """Mask the contents with the smallest keyed numbers, as many as the span's time asks for."""
+        """Mask contents by keyed numbers, one per content, as the span's time asks for."""
         times = keyed_uniform(targets.noise_keys, stream("masked/time"), targets.span_numbers)
-        n_masked = np.clip(np.ceil(np.sin(np.pi * times / 2) * targets.lengths), 1, targets.lengths)
-        order_keys = keyed_uniform(
+        content_keys = keyed_uniform(
             targets.noise_keys[targets.span_index],
             stream("masked/order"),
             targets.span_numbers[targets.span_index],
             targets.positions,
         )
-        by_span = np.lexsort((order_keys, targets.span_index))
-        ranks = np.empty(len(by_span), dtype=np.int64)
-        first_row = np.cumsum(targets.lengths) - targets.lengths
-        ranks[by_span] = np.arange(len(by_span)) - first_row[targets.span_index]  # span_index is ascending already
-        hidden = ranks < n_masked[targets.span_index]
-        return Corrupted(np.where(hidden, mask_id, targets.token_ids), hidden.astype(np.float32))
+        if self.masking == "count":
+            n_masked = np.clip(np.ceil(masked_fraction(times, self.schedule) * targets.lengths), 1, targets.lengths)
+            hidden = _ranks(content_keys, targets) < n_masked[targets.span_index]
+            return Corrupted(np.where(hidden, mask_id, targets.token_ids), hidden.astype(np.float32))
+        times = EARLIEST_TIME + (1 - EARLIEST_TIME) * times
+        fractions = masked_fraction(times, self.schedule)
+        hidden = content_keys < fractions[targets.span_index]
+        token_ids = np.where(hidden, mask_id, targets.token_ids)
+        if self.weighting == "uniform":
+            return Corrupted(token_ids, hidden.astype(np.float32))
+        # The mean over times in [EARLIEST_TIME, 1] stands for an integral over that interval.
+        weights = (1 - EARLIEST_TIME) * masking_rate(times, self.schedule) / fractions
+        loss_weights = np.where(hidden, weights[targets.span_index], 0).astype(np.float32)
+        return Corrupted(token_ids, loss_weights, count=float(len(token_ids)))
 
-    def begin(self, length: int, steps: int | None, mask_id: int) -> SpanState:
-        """Open a span of `length` masks."""
-        return SpanState(torch.full((length,), mask_id), 0, min(steps or self.steps, length))
+    def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
+        """Open a span of `length` masks, or of the contents to keep and masks for the others."""
+        token_ids = torch.full((length,), mask_id) if kept is None else kept
+        n_steps = min(steps or self.steps, int((token_ids == mask_id).sum()))
+        return SpanState(token_ids, 0, n_steps, kept=kept, confidence=torch.zeros(length, dtype=torch.float64))
 
     def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
         """The whole span: masks and decided contents see each other."""
@@ -82,22 +147,38 @@ class Masked(Objective):
         mask_id: int,
         draw: Draw,
     ) -> SpanState:
-        """Draw every masked content, keep the most confident and leave gamma(1 - (step + 1) / n_steps) * n masked.
+        """Draw every masked content, and leave gamma(1 - (step + 1) / n_steps) of the contents to decide masked.
 
-        Each step decides at least one content, and the last one all that are left.
+        Each step leaves at least one less than the step before, and the last one none.
         """
-        length = len(state.token_ids)
-        positions = torch.arange(length)
-        choice, log_probability = draw.tokens(logits, state.step, positions)
+        positions = torch.arange(len(state.token_ids))
         masked = state.token_ids == mask_id
+        choice, log_probability = draw.tokens(logits[masked], state.step, positions[masked])
+        wanted = torch.ones_like(masked) if state.kept is None else state.kept == mask_id
         left = 1 - (state.step + 1) / state.n_steps
-        n_left = min(math.floor(masked_fraction(left) * length), int(masked.sum()) - 1)
+        n_left = min(math.floor(masked_fraction(left, self.schedule) * int(wanted.sum())), int(masked.sum()) - 1)
         # The schedule's rounding can ask for more masks than there are left to decide one by one.
         n_left = max(0, n_left) if left > 0 else 0
-        confidence = log_probability + self.choice_temperature * left * draw.gumbel(state.step, positions)
-        confidence = confidence.masked_fill(~masked, float("inf"))
-        remask = torch.zeros(length, dtype=torch.bool)
-        remask[torch.argsort(confidence, stable=True)[:n_left]] = True
-        token_ids = torch.where(masked & ~remask, choice + first_id, state.token_ids)
-        step = state.step + 1
-        return SpanState(token_ids, step, state.n_steps, done=not bool((token_ids == mask_id).any()))
+        assert state.confidence is not None
+        confidence = state.confidence.masked_scatter(masked, log_probability.double())
+        noise = draw.gumbel(state.step, positions)
+        score = confidence + self.choice_temperature * left * noise if self.order == "confidence" else noise.double()
+        may_be_masked = wanted if self.remask else masked
+        remask = draw.smallest(score.masked_fill(~may_be_masked, math.inf), n_left)
+        token_ids = state.token_ids.masked_scatter(masked, choice + first_id).masked_fill(remask, mask_id)
+        return replace(
+            state,
+            token_ids=token_ids,
+            step=state.step + 1,
+            done=not bool(remask.any()),
+            confidence=confidence,
+        )
+
+
+def _ranks(keys: npt.NDArray[np.float64], targets: TargetSpans) -> npt.NDArray[np.int64]:
+    """Return the place of each content's key in the order of its span's keys."""
+    by_span = np.lexsort((keys, targets.span_index))
+    ranks = np.empty(len(by_span), dtype=np.int64)
+    first_row = np.cumsum(targets.lengths) - targets.lengths
+    ranks[by_span] = np.arange(len(by_span)) - first_row[targets.span_index]  # span_index is ascending already
+    return ranks

@@ -1,5 +1,6 @@
 """Autoregression: every content is predicted from the row before it, the first from the begin marker."""
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -28,9 +29,12 @@ class NextToken(Objective):
         """Leave the contents as they are and count every one."""
         return Corrupted(targets.token_ids, np.ones(len(targets.token_ids), dtype=np.float32))
 
-    def begin(self, length: int, steps: int | None, mask_id: int) -> SpanState:
-        """Open an empty span of at most `length` contents; `steps` does not apply."""
-        return SpanState(torch.zeros(0, dtype=torch.int64), 0, length)
+    def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
+        """Open an empty span of at most `length` contents; `steps` does not apply.
+
+        Contents to keep are put where they belong as the span grows, so a new content sees those before it alone.
+        """
+        return SpanState(torch.zeros(0, dtype=torch.int64), 0, length, kept=kept)
 
     def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
         """The newest content, or the begin marker before the first."""
@@ -45,8 +49,12 @@ class NextToken(Objective):
         mask_id: int,
         draw: Draw,
     ) -> SpanState:
-        """Append one token."""
+        """Append one token, the one that is kept in its place if there is one."""
         choice, _ = draw.tokens(logits, state.step, torch.tensor([state.step]))
-        token_ids = torch.cat([state.token_ids, choice + first_id])
+        content = choice + first_id
+        if state.kept is not None and int(state.kept[state.step]) != mask_id:
+            content = state.kept[state.step : state.step + 1]
+        token_ids = torch.cat([state.token_ids, content])
         step = state.step + 1
-        return SpanState(token_ids, step, state.n_steps, done=step == state.n_steps or int(token_ids[-1]) == end_id)
+        done = step == state.n_steps or int(token_ids[-1]) == end_id
+        return replace(state, token_ids=token_ids, step=step, done=done)

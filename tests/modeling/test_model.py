@@ -89,7 +89,7 @@ def test_every_parameter_takes_part_whichever_modality_is_absent(model: UnifiedM
     losses = model(batch)
     assert list(losses) == ["text", "image"]
     assert losses["image"].item() == 0
-    assert batch.counts == {"text": 3.0, "image": 0.0}
+    assert batch.counts == {"text": 3.0, "image": 0.0, "next_span": 0.0}
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -113,6 +113,32 @@ def test_mixed_objectives_train_in_one_step(model: UnifiedModel) -> None:
         sum(losses.values()).backward()
         optimizer.step()
     assert all(losses[k].item() < 0.05 * first[k] for k in losses)
+
+
+def test_what_follows_a_span_is_learnt_where_it_has_a_weight(vocabulary: Vocabulary) -> None:
+    objectives = {"text": NextToken(), "image": Masked()}
+    decoder = DecoderConfig(dim=24, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=32, rope_theta=100.0)
+    torch.manual_seed(0)
+    model = UnifiedModel(ModelConfig(decoder=decoder, objectives=objectives, next_span_weight=0.5), vocabulary)
+    assert model.term_weights == {"text": 1.0, "image": 1.0, "next_span": 0.5}
+    documents = [
+        [text_part([1], Role.TARGET), image_part([0, 1, 2, 3], Role.TARGET), text_part([2], Role.TARGET)],
+        [text_part([3], Role.TARGET), text_part([4], Role.TARGET), image_part([3, 2, 1, 0], Role.TARGET)],
+    ]
+    sequences = [
+        MultimodalSequence.build(parts, vocabulary, objectives, key, learn_order=True)
+        for key, parts in enumerate(documents)
+    ]
+    batch = corrupt(pack([sequences], sum(map(len, sequences)), vocabulary), vocabulary, objectives)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        losses = model(batch)
+        optimizer.zero_grad()
+        losses["next_span"].backward()
+        optimizer.step()
+    assert list(losses) == list(model.term_weights)
+    assert batch.counts["next_span"] == 6
+    assert losses["next_span"].item() < 0.1
 
 
 def test_objectives_and_modalities_must_agree(vocabulary: Vocabulary) -> None:

@@ -1,17 +1,21 @@
 import itertools
 import math
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from omniform.modeling.objectives.base import Objective, TargetSpans
-from omniform.modeling.objectives.masked import Masked, masked_fraction
+from omniform.modeling.objectives.masked import EARLIEST_TIME, Masked, Schedule, masked_fraction, masking_rate
 from omniform.modeling.objectives.next_token import NextToken
 
 MASK, FIRST, END = 999, 100, 150
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 class OracleDraw:
@@ -26,6 +30,10 @@ class OracleDraw:
 
     def gumbel(self, step: int, positions: torch.Tensor) -> torch.Tensor:
         return -torch.log(-torch.log(torch.rand(len(positions), generator=self.generator)))
+
+    def smallest(self, scores: torch.Tensor, count: int) -> torch.Tensor:
+        order = sorted(range(len(scores)), key=lambda place: float(scores[place]))
+        return torch.tensor([place in order[:count] for place in range(len(scores))], dtype=torch.bool)
 
 
 def spans(lengths: list[int], first_key: int = 0) -> TargetSpans:
@@ -69,22 +77,121 @@ def test_masked_fraction_follows_gamma_and_places_are_equally_likely() -> None:
     assert np.ptp(hidden.mean(0)) < 8 * math.sqrt(0.25 / n)
 
 
-@given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 2**31))
-def test_a_perfect_model_recovers_the_span_in_any_number_of_steps(length: int, steps: int, seed: int) -> None:
+OBJECTIVES = st.builds(
+    Masked,
+    schedule=st.sampled_from(SCHEDULES),
+    order=st.sampled_from(["confidence", "random"]),
+    remask=st.booleans(),
+    choice_temperature=st.floats(0, 10),
+)
+
+
+@given(OBJECTIVES, st.integers(1, 20), st.integers(1, 30), st.integers(0, 2**31), st.data())
+def test_a_perfect_model_recovers_the_span_in_any_number_of_steps(
+    objective: Masked, length: int, steps: int, seed: int, data: st.DataObject
+) -> None:
     truth = torch.randint(0, 50, (length,), generator=torch.Generator().manual_seed(seed))
-    objective, draw = Masked(), OracleDraw(seed)
-    state = objective.begin(length, steps, MASK)
-    n_masked = [length]
+    wanted = torch.tensor(data.draw(st.lists(st.booleans(), min_size=length, max_size=length).filter(any)))
+    # Contents to keep that no model would predict: they must stay all the same.
+    given_ids = torch.where(wanted, MASK, (truth + 1) % 50 + FIRST)
+    draw = OracleDraw(seed)
+    state = objective.begin(length, steps, MASK, None if wanted.all() else given_ids)
+    n_masked = [int(wanted.sum())]
     while not state.done:
-        assert state.step < min(steps, length)
+        assert state.step < min(steps, n_masked[0])
         logits = 20.0 * torch.nn.functional.one_hot(truth, 50).float()
         before = objective.inputs(state, 0)
         state = objective.step(state, logits, FIRST, None, MASK, draw)
-        kept = before != MASK
+        kept = (before != MASK) if not objective.remask else ~wanted
         assert torch.equal(state.token_ids[kept], before[kept])
         n_masked.append(int((state.token_ids == MASK).sum()))
-    assert torch.equal(state.token_ids, truth + FIRST)
+    assert torch.equal(state.token_ids[wanted], truth[wanted] + FIRST)
+    assert torch.equal(state.token_ids[~wanted], given_ids[~wanted])
     assert all(later < earlier for earlier, later in itertools.pairwise(n_masked))
+
+
+@given(st.integers(1, 12), st.data())
+def test_next_token_keeps_contents_in_their_places(length: int, data: st.DataObject) -> None:
+    kept = torch.tensor(data.draw(st.lists(st.sampled_from([MASK, FIRST + 7]), min_size=length, max_size=length)))
+    objective, draw = NextToken(), OracleDraw(0)
+    state = objective.begin(length, None, MASK, kept)
+    while not state.done:
+        logits = torch.nn.functional.one_hot(torch.tensor([state.step]), 50).float()
+        state = objective.step(state, logits, FIRST, None, MASK, draw)
+    assert torch.equal(state.token_ids, torch.where(kept == MASK, torch.arange(length) + FIRST, kept))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_run_from_data_to_noise_and_the_rate_is_their_slope(schedule: Schedule) -> None:
+    t = np.linspace(0, 1, 1001)
+    gamma = masked_fraction(t, schedule)
+    assert (gamma[0], gamma[-1]) == (0, 1)
+    assert (np.diff(gamma) > 0).all()
+    middle = (t[1:-1] + 1e-6, t[1:-1] - 1e-6)
+    slope = (masked_fraction(middle[0], schedule) - masked_fraction(middle[1], schedule)) / 2e-6
+    np.testing.assert_allclose(masking_rate(t[1:-1], schedule), slope, rtol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_independent_masking_hides_gammas_share_and_elbo_weights_add_up_to_the_contents(schedule: Schedule) -> None:
+    n, length = 40_000, 4
+    targets = spans([length] * n)
+    uniform = Masked(schedule=schedule, masking="independent").corrupt(targets, MASK)
+    t = np.linspace(0, 1, 100_001)
+    assert abs(uniform.loss_weights.mean() - masked_fraction(t, schedule).mean()) < 0.01
+    elbo = Masked(schedule=schedule, masking="independent", weighting="elbo").corrupt(targets, MASK)
+    assert ((elbo.token_ids == MASK) == (elbo.loss_weights > 0)).all()
+    assert elbo.count == n * length
+    # The integral of gamma' over the times that are drawn: 1, less gamma where they begin.
+    expected = 1 - masked_fraction(EARLIEST_TIME, schedule)
+    error = elbo.loss_weights.reshape(n, length).mean(1).std() / math.sqrt(n)
+    assert abs(elbo.loss_weights.mean() - expected) < 5 * error
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_elbo_of_the_true_conditionals_is_the_entropy(schedule: Schedule) -> None:
+    """MDLM: with the exact predictor the bound is tight, because unmasking one content at a time is the chain rule."""
+    joint = torch.rand(2, 2, 2, generator=torch.Generator().manual_seed(3)).double() ** 3
+    joint /= joint.sum()
+    outcomes = list(itertools.product(range(2), repeat=3))
+    n_each = 4000
+    ids = np.array(outcomes * n_each)
+    targets = replace(spans([3] * len(ids)), token_ids=ids.ravel() + FIRST)
+    corrupted = Masked(schedule=schedule, masking="independent", weighting="elbo").corrupt(targets, MASK)
+    hidden = (corrupted.token_ids == MASK).reshape(-1, 3)
+    weights = corrupted.loss_weights.reshape(-1, 3)
+    losses = np.zeros(len(ids))
+    for row, (outcome, mask) in enumerate(zip(ids, hidden, strict=True)):
+        given_joint = joint[
+            tuple(slice(None) if m else slice(int(v), int(v) + 1) for v, m in zip(outcome, mask, strict=True))
+        ]
+        for place in np.flatnonzero(mask):
+            others = [axis for axis in range(3) if axis != place]
+            marginal = given_joint.sum(others) / given_joint.sum()
+            losses[row] -= weights[row, place] * math.log(marginal[int(outcome[place])])
+    probability = np.array([float(joint[outcome]) for outcome in outcomes])
+    per_outcome = losses.reshape(n_each, len(outcomes))
+    entropy = -(probability * np.log(probability)).sum()
+    error = math.sqrt((probability**2 * per_outcome.var(0)).sum() / n_each)
+    # What lies below EARLIEST_TIME is left out: at most log 2 nats for each content masked there.
+    missing = 3 * math.log(2) * float(masked_fraction(EARLIEST_TIME, schedule))
+    assert -missing - 5 * error < (per_outcome.mean(0) * probability).sum() - entropy < 5 * error
+
+
+def test_elbo_weights_are_refused_for_counted_masks() -> None:
+    with pytest.raises(ValidationError, match="independent"):
+        Masked(weighting="elbo")
+
+
+def test_remasking_takes_back_the_least_confident_decision() -> None:
+    """Four contents in four steps without noise: the first is decided at probability 1/2, the rest then at nearly 1."""
+    objective, draw = Masked(schedule="linear", remask=True, choice_temperature=0), OracleDraw(0)
+    state = objective.begin(4, 4, MASK)
+    sure, unsure = torch.tensor([9.0, 0.0]), torch.tensor([0.1, 0.0])
+    state = objective.step(state, torch.stack([unsure, unsure / 2, unsure / 3, unsure / 4]), FIRST, None, MASK, draw)
+    assert (state.token_ids == MASK).tolist() == [False, True, True, True]
+    state = objective.step(state, torch.stack([unsure, sure, sure, unsure / 4]), FIRST, None, MASK, draw)
+    assert (state.token_ids == MASK).tolist() == [True, False, False, True]
 
 
 def test_steps_leave_the_fractions_of_the_cosine_schedule() -> None:
@@ -96,11 +203,6 @@ def test_steps_leave_the_fractions_of_the_cosine_schedule() -> None:
         left = int((state.token_ids == MASK).sum())
         assert left == (math.floor(math.cos(math.pi * done / (2 * steps)) * length) if done < steps else 0)
     assert state.done
-
-
-def test_gamma_runs_from_data_to_noise() -> None:
-    assert masked_fraction(0.0) == 0
-    assert masked_fraction(1.0) == 1
 
 
 @pytest.mark.parametrize("objective", [NextToken(), Masked()], ids=lambda o: o.kind)

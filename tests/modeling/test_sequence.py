@@ -57,6 +57,24 @@ def test_an_image_between_texts_is_laid_out_as_documented() -> None:
     assert [(s.role, s.noised) for s in sequence.spans[1:3]] == [(Role.TARGET, True), (Role.CONTEXT, False)]
 
 
+@given(DOCUMENTS)
+def test_learning_the_order_gives_every_corrupted_target_a_clean_copy_and_names_what_follows(parts: list[Part]) -> None:
+    sequence = MultimodalSequence.build(parts, VOCABULARY, OBJECTIVES, learn_order=True)
+    described = [(p.modality, len(p.tokens.codes), p.role) for p in parts]
+    assert len(sequence) == document_length(described, OBJECTIVES, learn_order=True)
+    clean = [span for span in sequence.spans if not span.noised]
+    rows, following = zip(*sequence.next_spans, strict=True)
+    assert list(rows) == [span.start + span.length - 1 for span in clean]
+    assert not sequence.private[list(rows)].any()
+    assert list(following) == [*(VOCABULARY.begin(part.modality) for part in parts[1:]), VOCABULARY.end]
+    batch = corrupt(pack([[], [sequence, sequence]], 2 * len(sequence), VOCABULARY), VOCABULARY, OBJECTIVES)
+    asked = batch.predictions["next_span"]
+    offsets = [2 * len(sequence), 3 * len(sequence)]
+    assert asked.rows.tolist() == [offset + row for offset in offsets for row in rows]
+    assert (asked.labels + VOCABULARY.next_span_range.start).tolist() == list(following) * 2
+    assert asked.count == 2 * len(parts)
+
+
 def test_grids_of_one_to_three_axes() -> None:
     assert grid_positions((3,), 3, 5).tolist() == [[5, 5, 5], [6, 6, 6], [7, 7, 7]]
     assert grid_positions((2, 1, 2), 4, 1).tolist() == [[1, 1, 1], [1, 1, 2], [2, 1, 1], [2, 1, 2]]
