@@ -3,12 +3,16 @@
 There is one endless sequence of rows for all processes. Windows of draws are packed one after the other; step s takes
 rows [s * rows_per_step, (s + 1) * rows_per_step), and each process builds only those that it needs. No process holds
 state that another could miss, so any number of ranks and workers sees each sample once per epoch.
+
+Where a stage of the run changes the data, its rows begin with a new window: every source goes on after the last window
+that the stage before has begun, so no visit of a sample comes twice, and what was left of that window is passed over
+until the next epoch.
 """
 
 import bisect
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from omniform.data.encode import EncodedSource
-from omniform.data.mixture import WINDOW, DataConfig, Draws, Mixture, arrange
+from omniform.data.mixture import INTERLEAVED, WINDOW, DataConfig, DataStage, Draws, Mixture, arrange
 from omniform.data.packing import first_fit
 from omniform.data.schema import DataError
 from omniform.modeling.objectives.base import Objective
@@ -27,14 +31,54 @@ from omniform.tokenizers.base import Modality
 from omniform.tokenizers.vocabulary import Vocabulary
 
 
+class StageRows:
+    """The endless sequence of rows of one stage, numbered from 0.
+
+    Args:
+        lengths: of each source, tokens by (task, unconditional, sample); 0 for a hole.
+    """
+
+    def __init__(self, mixture: Mixture, lengths: Sequence[npt.NDArray[np.int64]], row_length: int) -> None:
+        self.mixture, self.lengths, self._row_length = mixture, lengths, row_length
+        self._window_starts = [(0, mixture.first_window)]  # ascending (first row, window), as far as known
+        self.plan = lru_cache(maxsize=4)(self._plan_window)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return the window that holds a row, and the first row of that window."""
+        place = bisect.bisect_right(self._window_starts, row, key=lambda start: start[0]) - 1
+        while True:
+            start, window = self._window_starts[place]
+            n_rows = len(self.plan(window)[1])
+            if row < start + n_rows:
+                return window, start
+            place += 1
+            if place == len(self._window_starts) or self._window_starts[place][1] != window + 1:
+                self._window_starts.insert(place, (start + n_rows, window + 1))
+
+    def note(self, window: int, first_row: int) -> None:
+        """Take it as known where a window starts, so that those before it need not be planned."""
+        if (first_row, window) not in self._window_starts:
+            bisect.insort(self._window_starts, (first_row, window))
+
+    def _plan_window(self, window: int) -> tuple[Draws, list[list[int]]]:
+        draws = self.mixture.window(window)
+        lengths = np.empty(WINDOW, dtype=np.int64)
+        for source, table in enumerate(self.lengths):
+            here = draws.source == source
+            lengths[here] = table[draws.task[here], draws.unconditional[here].astype(int), draws.sample[here]]
+        return draws, first_fit(lengths.tolist(), self._row_length)
+
+
 class TrainingData:
     """Packed rows of all sources.
 
     Args:
+        config: the data of a run without stages; the sources of one with them.
         tokenizers: by modality; every modality of every task is among them.
         objectives: by modality.
         cache_dir: where tokens are kept.
         rows_per_step: rows of one optimizer step over all processes.
+        stages: ascending from step 0, with the sources of `config` under other weights and tasks.
 
     Raises:
         DataError: a source that cannot be read, a task that no sample serves, or a document longer than a row.
@@ -50,28 +94,27 @@ class TrainingData:
         seed: int,
         cache_dir: Path,
         rows_per_step: int,
+        stages: Sequence[DataStage] = (),
     ) -> None:
-        self.config, self.rows_per_step = config, rows_per_step
+        self.config, self.rows_per_step, self.seed = config, rows_per_step, seed
+        self.stages = tuple(stages) or (DataStage(0, config),)
         self._vocabulary, self._objectives = vocabulary, objectives
-        for source in config.sources:
-            for task in source.tasks:
-                for modality in task.split("->"):
-                    if modality not in tokenizers:
-                        raise DataError(
-                            f"{source.path}: task {task} needs a tokenizer for {modality!r}; there is one for "
-                            f"{', '.join(sorted(tokenizers))}"
-                        )
+        for stage in self.stages:
+            for source in stage.config.sources:
+                for task in source.tasks:
+                    _check_modalities(source.path, task, tokenizers)
         self.sources = [EncodedSource(s.path, tokenizers, cache_dir, s.index_dir) for s in config.sources]
-        self._lengths = [self._document_lengths(place) for place in range(len(self.sources))]
-        self.mixture = Mixture(config, [len(source) for source in self.sources], seed)
-        settings = TypeAdapter(DataConfig).dump_python(config, mode="json")
-        for source in settings["sources"]:
-            del source["path"], source["index_dir"]  # the data may move; its digest says what it is
+        self._table = lru_cache(maxsize=None)(self._document_lengths)
+        self._lengths = [
+            [self._table(place, tuple(source.tasks)) for place, source in enumerate(stage.config.sources)]
+            for stage in self.stages
+        ]
+        self._stage_rows = {0: self._start_stage(0, 0, None)}
         kinds = {modality: objective.kind for modality, objective in objectives.items()}
-        content = [settings, [s.digest for s in self.sources], seed, WINDOW, vocabulary.digest(), kinds]
+        content = [_settings(config), [s.digest for s in self.sources], seed, WINDOW, vocabulary.digest(), kinds]
+        if stages:
+            content.append([[stage.first_step, _settings(stage.config)] for stage in self.stages])
         self.digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        self._window_starts = [(0, 0)]  # ascending (first row, window), as far as known
-        self._plan = lru_cache(maxsize=4)(self._plan_window)
 
     @property
     def holes(self) -> dict[str, int]:
@@ -81,26 +124,53 @@ class TrainingData:
     @property
     def unserved(self) -> dict[str, int]:
         """By source and task, how many readable samples lack what the task needs: their draws are holes too."""
-        return {
-            f"{source.folder}, {task}": int((table[number, 0] == 0).sum()) - len(source.failures)
-            for source, config, table in zip(self.sources, self.config.sources, self._lengths, strict=True)
-            for number, task in enumerate(config.tasks)
-        }
+        found = {}
+        for stage, tables in zip(self.stages, self._lengths, strict=True):
+            for source, config, table in zip(self.sources, stage.config.sources, tables, strict=True):
+                for number, task in enumerate(config.tasks):
+                    n_holes = int((table[number, 0] == 0).sum())
+                    found[f"{source.folder}, {task}"] = n_holes - len(source.failures)
+        return found
 
     def rows(self, step: int, part: slice = slice(None)) -> list[list[MultimodalSequence]]:
         """Return the rows of `step`, from 0, each the sequences that share it; with `part`, only those rows of it."""
-        first = step * self.rows_per_step
+        number = self.stage_of(step)
+        stage, config = self.stage_rows(number), self.stages[number].config
+        first = (step - self.stages[number].first_step) * self.rows_per_step
         found = []
         for row in range(first, first + self.rows_per_step)[part]:
-            window, window_start = self._locate(row)
-            draws, rows = self._plan(window)
-            found.append([self._build(draws, draw) for draw in rows[row - window_start]])
+            window, window_start = stage.locate(row)
+            draws, rows = stage.plan(window)
+            found.append([self._build(config, draws, draw) for draw in rows[row - window_start]])
         return found
+
+    def stage_of(self, step: int) -> int:
+        """Return the number of the stage that a step belongs to."""
+        return bisect.bisect_right(self.stages, step, key=lambda stage: stage.first_step) - 1
+
+    def stage_rows(self, number: int) -> StageRows:
+        """Return the rows of a stage, after planning those before it as far as they are not known."""
+        if number not in self._stage_rows:
+            before, n_steps = self.stage_rows(number - 1), self._n_steps(number - 1)
+            window = before.locate(n_steps * self.rows_per_step - 1)[0] + 1
+            self._stage_rows[number] = self._start_stage(number, window, before.mixture.cursors(window).tolist())
+        return self._stage_rows[number]
 
     def position(self, step: int) -> dict[str, Any]:
         """Return where the data stands before `step`, as JSON: enough to continue without replaying."""
-        window, window_start = self._locate(step * self.rows_per_step)
-        return {"step": step, "window": window, "window_start": window_start, "data": self.digest}
+        number = self.stage_of(step)
+        stage = self.stage_rows(number)
+        window, window_start = stage.locate((step - self.stages[number].first_step) * self.rows_per_step)
+        first_window = stage.mixture.first_window
+        return {
+            "step": step,
+            "stage": number,
+            "first_window": first_window,
+            "cursors": stage.mixture.cursors(first_window).tolist(),
+            "window": window,
+            "window_start": window_start,
+            "data": self.digest,
+        }
 
     def restore(self, position: Mapping[str, Any]) -> None:
         """Continue from what `position` returned.
@@ -113,46 +183,36 @@ class TrainingData:
                 f"the checkpoint stands in data {str(position.get('data'))[:12]}, but sources, tokenizers, seed and "
                 f"config now make {self.digest[:12]}: bring them back, or start a new run"
             )
-        start = (int(position["window_start"]), int(position["window"]))
-        if start not in self._window_starts:
-            bisect.insort(self._window_starts, start)
+        # Positions of runs without stages say no more than the window.
+        number = int(position.get("stage", 0))
+        if number not in self._stage_rows:
+            self._stage_rows[number] = self._start_stage(number, int(position["first_window"]), position["cursors"])
+        self._stage_rows[number].note(int(position["window"]), int(position["window_start"]))
 
-    def _locate(self, row: int) -> tuple[int, int]:
-        """Return the window that holds a row of the endless sequence, and the first row of that window."""
-        place = bisect.bisect_right(self._window_starts, row, key=lambda start: start[0]) - 1
-        while True:
-            start, window = self._window_starts[place]
-            n_rows = len(self._plan(window)[1])
-            if row < start + n_rows:
-                return window, start
-            place += 1
-            if place == len(self._window_starts) or self._window_starts[place][1] != window + 1:
-                self._window_starts.insert(place, (start + n_rows, window + 1))
+    def _start_stage(self, number: int, first_window: int, cursors: Sequence[int] | None) -> StageRows:
+        config, sizes = self.stages[number].config, [len(source) for source in self.sources]
+        mixture = Mixture(config, sizes, self.seed, first_window=first_window, cursors=cursors)
+        return StageRows(mixture, self._lengths[number], config.row_length)
 
-    def _plan_window(self, window: int) -> tuple[Draws, list[list[int]]]:
-        draws = self.mixture.window(window)
-        lengths = np.empty(WINDOW, dtype=np.int64)
-        for source, table in enumerate(self._lengths):
-            here = draws.source == source
-            lengths[here] = table[draws.task[here], draws.unconditional[here].astype(int), draws.sample[here]]
-        return draws, first_fit(lengths.tolist(), self.config.row_length)
+    def _n_steps(self, number: int) -> int:
+        return self.stages[number + 1].first_step - self.stages[number].first_step
 
-    def _document_lengths(self, place: int) -> npt.NDArray[np.int64]:
+    def _document_lengths(self, place: int, tasks: tuple[str, ...]) -> npt.NDArray[np.int64]:
         """Return tokens by (task, unconditional, sample); 0 for a hole."""
-        source, config = self.sources[place], self.config.sources[place]
-        table = np.zeros((len(config.tasks), 2, len(source)), dtype=np.int64)
+        source, path = self.sources[place], self.config.sources[place].path
+        table = np.zeros((len(tasks), 2, len(source)), dtype=np.int64)
         known: dict[tuple[tuple[str, int], ...], npt.NDArray[np.int64]] = {}
         for sample in range(len(source)):
             spans = tuple(source.spans(sample))
             if spans not in known:
                 known[spans] = np.array(
-                    [[self._length(task, spans, dropped) for dropped in (False, True)] for task in config.tasks]
+                    [[self._length(task, spans, dropped) for dropped in (False, True)] for task in tasks]
                 )
             table[:, :, sample] = known[spans]
-        for number, task in enumerate(config.tasks):
+        for number, task in enumerate(tasks):
             longest = int(table[number].max(axis=0).argmax())
             if not table[number].any():
-                raise DataError(f"{config.path} holds no sample for the task {task}: remove it from data.sources.tasks")
+                raise DataError(f"{path} holds no sample for the task {task}: remove it from data.sources.tasks")
             if table[number, 0, longest] > self.config.row_length:
                 raise DataError(
                     f"{source.reader.describe(longest)} takes {table[number, 0, longest]} tokens in the task {task}, "
@@ -163,15 +223,39 @@ class TrainingData:
     def _length(self, task: str, spans: tuple[tuple[str, int], ...], unconditional: bool) -> int:
         used = arrange(task, [modality for modality, _ in spans])
         parts = [(*spans[place], role) for place, role in used if role is Role.TARGET or not unconditional]
-        return document_length(parts, self._objectives)
+        return document_length(parts, self._objectives, learn_order=task == INTERLEAVED)
 
-    def _build(self, draws: Draws, draw: int) -> MultimodalSequence:
+    def _build(self, config: DataConfig, draws: Draws, draw: int) -> MultimodalSequence:
         place, sample = draws.source[draw], int(draws.sample[draw])
-        source, task = self.sources[place], list(self.config.sources[place].tasks)[draws.task[draw]]
+        source, task = self.sources[place], list(config.sources[place].tasks)[draws.task[draw]]
         spans = source.spans(sample)
         parts = [
             Part(spans[span][0], source.tokens(sample, span), role)
             for span, role in arrange(task, [modality for modality, _ in spans])
             if role is Role.TARGET or not draws.unconditional[draw]
         ]
-        return MultimodalSequence.build(parts, self._vocabulary, self._objectives, int(draws.noise_key[draw]))
+        return MultimodalSequence.build(
+            parts,
+            self._vocabulary,
+            self._objectives,
+            int(draws.noise_key[draw]),
+            learn_order=task == INTERLEAVED,
+        )
+
+
+def _check_modalities(path: Path, task: str, tokenizers: Mapping[str, Modality]) -> None:
+    for modality in [] if task == INTERLEAVED else task.split("->"):
+        if modality not in tokenizers:
+            raise DataError(
+                f"{path}: task {task} needs a tokenizer for {modality!r}; there is one for "
+                f"{', '.join(sorted(tokenizers))}"
+            )
+
+
+def _settings(config: DataConfig) -> dict[str, Any]:
+    """Return what of the configuration decides what is drawn."""
+    settings: dict[str, Any] = TypeAdapter(DataConfig).dump_python(config, mode="json")
+    for source in settings["sources"]:
+        # The data may move and be called something else; its digest says what it is.
+        del source["path"], source["index_dir"], source["name"]
+    return settings

@@ -1,11 +1,12 @@
 """Which sample comes when: sources mixed by weight, each visited in a keyed order, once per epoch.
 
-Draws are numbered from 0 without end. Windows of them hold a fixed number per source, so where any window starts in any
-source is known without replaying what came before.
+Draws come in windows without end. A window holds a fixed number per source, so where any window starts in any source is
+known without replaying what came before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from omniform.modeling.config import STRICT
 from omniform.modeling.sequence import Role
 
 WINDOW = 4096
+INTERLEAVED = "interleaved"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -28,27 +30,55 @@ class SourceConfig:
 
     Attributes:
         index_dir: where its indexes are, if not beside the shards.
-        weight: share of all draws, relative to the other sources.
+        name: what the stages of a run call it; the name of its folder unless given.
+        weight: share of all draws, relative to the other sources; at 0 it waits for a stage that raises it.
         tasks: relative weight by task. "X->Y" gives the spans of modality X and learns those of Y, each in the sample's
-            order; "X->X" gives the first and learns the last.
+            order; "X->X" gives the first and learns the last. "interleaved" gives nothing and learns every span in the
+            sample's order, from all that stands before it, and what follows each.
     """
 
     path: Path
     index_dir: Path | None = None
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    name: str | None = None
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     tasks: dict[str, float] = Field(min_length=1)
+
+    @property
+    def label(self) -> str:
+        """Return what stages call it."""
+        return self.path.name if self.name is None else self.name
 
     @model_validator(mode="after")
     def _check_tasks(self) -> "SourceConfig":
-        for task, weight in self.tasks.items():
-            if not 0 < weight < float("inf"):
-                raise ValueError(
-                    f"tasks.{task} has the weight {weight}, expected more than 0: leave out what is unused"
-                )
-            given, separator, learnt = task.partition("->")
-            if not (given.isidentifier() and separator and learnt.isidentifier()):
-                raise ValueError(f"task {task!r}, expected two modalities such as text->image")
+        _check_tasks(self.tasks)
         return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SourceChange:
+    """What one stage of a run changes of a source; None leaves it as it is in `data.sources`.
+
+    Attributes:
+        weight: 0 draws nothing of the source.
+        tasks: take the place of all its tasks.
+    """
+
+    weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    tasks: dict[str, float] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> "SourceChange":
+        _check_tasks(self.tasks or {})
+        return self
+
+
+def _check_tasks(tasks: Mapping[str, float]) -> None:
+    for task, weight in tasks.items():
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"tasks.{task} has the weight {weight}, expected more than 0: leave out what is unused")
+        given, separator, learnt = task.partition("->")
+        if task != INTERLEAVED and not (given.isidentifier() and separator and learnt.isidentifier()):
+            raise ValueError(f"task {task!r}, expected two modalities such as text->image, or {INTERLEAVED}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -64,9 +94,47 @@ class DataConfig:
     row_length: int = Field(default=256, ge=2)
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _check_weights(self) -> "DataConfig":
+        if not any(source.weight for source in self.sources):
+            raise ValueError("every source has the weight 0: raise the weight of one")
+        return self
+
+    def changed(self, changes: Mapping[str, SourceChange]) -> "DataConfig":
+        """Return the same data with other weights or tasks of the sources named.
+
+        Raises:
+            ValueError: no source, or more than one, has that name; or nothing would be drawn.
+        """
+        labels = [source.label for source in self.sources]
+        for label in changes:
+            if labels.count(label) != 1:
+                raise ValueError(
+                    f"{label}: data.sources has {labels.count(label)} sources of this name, expected 1; there are "
+                    f"{', '.join(labels)} (data.sources.N.name renames one)"
+                )
+        sources = []
+        for source in self.sources:
+            change = changes.get(source.label, SourceChange())
+            weight = source.weight if change.weight is None else change.weight
+            sources.append(replace(source, weight=weight, tasks=change.tasks or source.tasks))
+        if not any(source.weight for source in sources):
+            raise ValueError("every source has the weight 0: raise the weight of one")
+        return replace(self, sources=tuple(sources))
+
+
+@plain_dataclass(frozen=True)
+class DataStage:
+    """Data from one step of a run on, until the next stage begins."""
+
+    first_step: int
+    config: DataConfig
+
 
 def arrange(task: str, modalities: Sequence[str]) -> list[tuple[int, Role]]:
     """Return which of a sample's spans, by place, a task uses and how; none if the sample does not serve it."""
+    if task == INTERLEAVED:
+        return [(place, Role.TARGET) for place in range(len(modalities))] if len(modalities) > 1 else []
     given, _, learnt = task.partition("->")
     if given == learnt:
         places = [place for place, modality in enumerate(modalities) if modality == given]
@@ -101,29 +169,46 @@ class Mixture:
 
     Args:
         sizes: number of samples of each source.
+        first_window: number of the first window.
+        cursors: draws made of each source before that window; none unless given.
 
     Raises:
         DataError: an empty source, or one whose weight gives it no draw in a window.
     """
 
-    def __init__(self, config: DataConfig, sizes: Sequence[int], seed: int) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        sizes: Sequence[int],
+        seed: int,
+        *,
+        first_window: int = 0,
+        cursors: Sequence[int] | None = None,
+    ) -> None:
         self.config, self.sizes, self.seed = config, tuple(sizes), seed
+        self.first_window = first_window
+        self._cursors = np.zeros(len(sizes), dtype=np.int64) if cursors is None else np.array(cursors, dtype=np.int64)
         shares = np.array([source.weight for source in config.sources])
         self.quotas = _largest_remainder(shares / shares.sum(), WINDOW)
         for source, size, quota in zip(config.sources, sizes, self.quotas, strict=True):
             if size == 0:
                 raise DataError(f"{source.path} holds no samples: remove it from data.sources")
-            if quota == 0:
+            if quota == 0 and source.weight:
                 raise DataError(
                     f"{source.path} has the weight {source.weight} of {shares.sum()} in all, less than one draw in "
                     f"{WINDOW}: raise its weight or remove it from data.sources"
                 )
         self._permutation = lru_cache(maxsize=4 * len(sizes))(self._draw_permutation)
 
+    def cursors(self, number: int) -> npt.NDArray[np.int64]:
+        """Return the draws made of each source before window `number`."""
+        return self._cursors + (number - self.first_window) * self.quotas
+
     def window(self, number: int) -> Draws:
-        """Return draws [number * WINDOW, (number + 1) * WINDOW)."""
+        """Return the draws of window `number`, from `first_window` on."""
         sources = np.repeat(np.arange(len(self.sizes)), self.quotas)
-        cursors = np.concatenate([number * quota + np.arange(quota) for quota in self.quotas])
+        firsts = self.cursors(number)
+        cursors = np.concatenate([first + np.arange(n) for first, n in zip(firsts, self.quotas, strict=True)])
         order = keyed_permutation(WINDOW, self.seed, stream("data/mix"), number)
         sizes = np.array(self.sizes)[sources]
         epochs, places = cursors // sizes, cursors % sizes

@@ -1,12 +1,14 @@
 """Settings of a training run: what every task shares, and what training the model adds."""
 
+import bisect
+import itertools
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from omniform.data.mixture import DataConfig
+from omniform.data.mixture import DataConfig, DataStage, SourceChange
 from omniform.errors import OmniformError
 from omniform.modeling.config import STRICT, ModelConfig
 from omniform.modeling.generation_config import SamplingSettings
@@ -16,30 +18,40 @@ NAME = r"^\w[\w.-]*$"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class OptimConfig:
-    """AdamW (arXiv:1711.05101), its learning rate over the steps, and the average of the weights.
+class ScheduleConfig:
+    """The learning rate over a number of steps.
 
     Attributes:
         lr: peak learning rate.
-        weight_decay: applied to parameters of two or more axes only.
-        schedule: "cosine" (arXiv:1608.03983, one period) or "wsd": constant, then a linear decay (arXiv:2404.06395).
+        schedule: "cosine" (arXiv:1608.03983, one period), "constant", or "wsd": constant, then a linear decay
+            (arXiv:2404.06395).
         warmup_steps: steps of linear rise from 0 to `lr`.
-        decay_fraction: last fraction of all steps in which "wsd" decays.
-        final_lr_fraction: fraction of `lr` at which the schedule ends.
+        decay_fraction: last fraction of the steps in which "wsd" decays.
+        final_lr_fraction: fraction of `lr` at which "cosine" and "wsd" end.
+    """
+
+    lr: float = Field(default=1e-3, gt=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    final_lr_fraction: float = Field(default=0.0, ge=0, le=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimConfig(ScheduleConfig):
+    """AdamW (arXiv:1711.05101), its learning rate over all steps, and the average of the weights.
+
+    Attributes:
+        weight_decay: applied to parameters of two or more axes only.
         clip_grad_norm: L2 norm over all parameters to which gradients are clipped; null clips nothing.
         ema_decay: decay per step of the exponential moving average of the weights, which starts as a copy of them,
             so it needs no bias correction; null keeps none.
         skip_limit: steps in a row with a gradient that is not finite after which training stops.
     """
 
-    lr: float = Field(default=1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    decay_fraction: float = Field(default=0.2, gt=0, le=1)
-    final_lr_fraction: float = Field(default=0.0, ge=0, le=1)
     clip_grad_norm: float | None = Field(default=1.0, gt=0)
     ema_decay: float | None = Field(default=0.999, ge=0, lt=1)
     skip_limit: int = Field(default=20, ge=1)
@@ -94,6 +106,24 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class StageConfig:
+    """A part of a run: which steps, and what is different in them. Weights, optimizer and average go on through all.
+
+    Attributes:
+        name: shown in the log.
+        steps: how many; the last stage may leave it out and takes those that remain.
+        learning_rate: a schedule of the stage's own, over its steps; without one it follows that of `optim`, which
+            runs over all steps.
+        loss_weights: by loss term, in place of its weight in the model's objectives.
+    """
+
+    name: str = Field(pattern=NAME)
+    steps: int | None = Field(default=None, ge=1)
+    learning_rate: ScheduleConfig | None = None
+    loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class FitConfig:
     """What the training loop needs to know of any run; the configuration of each task extends it.
 
@@ -102,12 +132,14 @@ class FitConfig:
         seed: of the initial weights and of everything random.
         steps: optimizer steps of the whole run.
         rows_per_step: rows of one optimizer step over all ranks and micro-batches.
+        stages: parts of the run, in order; every step belongs to one. None unless given.
     """
 
     name: str = Field(pattern=NAME)
     seed: int = Field(default=0, ge=0, lt=2**63)
     steps: int = Field(ge=1)
     rows_per_step: int = Field(default=8, ge=1)
+    stages: tuple[StageConfig, ...] = ()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -115,12 +147,44 @@ class FitConfig:
 
     @model_validator(mode="after")
     def _check_steps(self) -> "FitConfig":
-        if self.optim.warmup_steps >= self.steps:
+        _check_warmup("optim", self.optim, "steps", self.steps)
+        names = [stage.name for stage in self.stages]
+        for place, stage in enumerate(self.stages):
+            if stage.name in names[:place]:
+                raise ValueError(f"stages.{place}.name is {stage.name!r}, as of a stage before it: choose another")
+            if stage.steps is None and place < len(self.stages) - 1:
+                raise ValueError(f"stages.{place}.steps: required, but not given; only the last stage may leave it out")
+        taken = sum(stage.steps or 0 for stage in self.stages)
+        if self.stages and self.stages[-1].steps is None and taken >= self.steps:
             raise ValueError(
-                f"optim.warmup_steps is {self.optim.warmup_steps}, expected fewer than steps = {self.steps}: "
-                "lower the one or raise the other"
+                f"stages.{len(names) - 1}.steps: no steps are left for {names[-1]}; the stages before it take {taken} "
+                f"of steps = {self.steps}: raise steps, or lower theirs"
             )
+        if self.stages and self.stages[-1].steps is not None and taken != self.steps:
+            raise ValueError(
+                f"stages take {taken} steps in all, expected steps = {self.steps}: change one of them, or leave out "
+                f"stages.{len(names) - 1}.steps"
+            )
+        for place, stage in enumerate(self.stages):
+            if stage.learning_rate is not None:
+                where = f"stages.{place}.learning_rate"
+                _check_warmup(where, stage.learning_rate, "the stage's steps", self.stage_steps(place))
         return self
+
+    @property
+    def stage_starts(self) -> tuple[int, ...]:
+        """Return the first step of each stage."""
+        return tuple(itertools.accumulate((stage.steps or 0 for stage in self.stages[:-1]), initial=0))[
+            : len(self.stages)
+        ]
+
+    def stage_steps(self, place: int) -> int:
+        """Return the number of steps of a stage."""
+        return (*self.stage_starts, self.steps)[place + 1] - self.stage_starts[place]
+
+    def stage_at(self, step: int) -> int | None:
+        """Return the place of the stage that `step` belongs to; None in a run without stages."""
+        return bisect.bisect_right(self.stage_starts, step) - 1 if self.stages else None
 
     def accumulation(self, world_size: int) -> int:
         """Return the number of micro-batches of each rank in a step.
@@ -137,6 +201,18 @@ class FitConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelStageConfig(StageConfig):
+    """A part of the training of the model.
+
+    Attributes:
+        mixture: what changes of the data, by the name of a source in `data.sources`; other sources stay as they are
+            there.
+    """
+
+    mixture: dict[str, SourceChange] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig(FitConfig):
     """Training of the unified model; a row holds `data.row_length` tokens.
 
@@ -146,8 +222,44 @@ class TrainConfig(FitConfig):
         cache_dir: where the tokens of the data are kept; "tokens" in the run folder unless given.
     """
 
+    stages: tuple[ModelStageConfig, ...] = ()
     model: ModelConfig
     tokenizers: dict[str, Path]
     data: DataConfig
     generation: dict[str, SamplingSettings] = Field(default_factory=dict)
     cache_dir: Path | None = None
+
+    @model_validator(mode="after")
+    def _check_mixtures(self) -> "TrainConfig":
+        used = set() if self.stages else {number for number, source in enumerate(self.data.sources) if source.weight}
+        for place, stage in enumerate(self.stages):
+            try:
+                data = self.data.changed(stage.mixture)
+            except ValueError as error:
+                raise ValueError(f"stages.{place}.mixture: {error}") from error
+            used |= {number for number, source in enumerate(data.sources) if source.weight}
+        for number, source in enumerate(self.data.sources):
+            if number not in used:
+                raise ValueError(
+                    f"data.sources.{number}: {source.label} has the weight 0 in the whole run: raise it or remove the "
+                    "source"
+                )
+        return self
+
+    @property
+    def data_stages(self) -> tuple[DataStage, ...]:
+        """Return from which step on which data is drawn; stages in a row that draw alike are one. Else empty."""
+        found: list[DataStage] = []
+        for stage, first_step in zip(self.stages, self.stage_starts, strict=True):
+            data = self.data.changed(stage.mixture)
+            if not found or data != found[-1].config:
+                found.append(DataStage(first_step, data))
+        return tuple(found)
+
+
+def _check_warmup(where: str, schedule: ScheduleConfig, what: str, steps: int) -> None:
+    if schedule.warmup_steps >= steps:
+        raise ValueError(
+            f"{where}.warmup_steps is {schedule.warmup_steps}, expected fewer than {what} = {steps}: "
+            "lower the one or raise the other"
+        )

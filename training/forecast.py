@@ -11,6 +11,7 @@ from omniform.errors import OmniformError
 from omniform.modeling.model import UnifiedModel
 from omniform.training.config import TrainConfig
 from omniform.training.engine import resolve_precision
+from omniform.training.optim import learning_rate_at
 
 # Fraction of the speed of bare matrix products that training reaches; small models reach less.
 ASSUMED_UTILISATION = 0.4
@@ -25,6 +26,7 @@ class Forecast:
         tokens_per_step: room in the rows of a step; packing fills most of it.
         flops_per_step: of all processes.
         matmul_flops: per second, of one process, measured on this machine.
+        stages: a sentence on each stage of the run.
     """
 
     parameters: dict[str, int]
@@ -40,6 +42,7 @@ class Forecast:
     checkpoint_bytes: int
     disk_bytes: int
     free_disk: int
+    stages: tuple[str, ...]
 
     @property
     def seconds(self) -> float:
@@ -55,6 +58,7 @@ class Forecast:
             [
                 f"parameters  {sum(self.parameters.values()):,} ({parts})",
                 f"data        {n_samples:,} samples, {self.tokens_per_step:,} tokens per step, {self.steps:,} steps",
+                *(f"stage       {line}" for line in self.stages),
                 f"engine      ZeRO-{self.zero_stage}, {self.precision}, {self.world_size} process(es)",
                 f"memory      {_size(memory)} per process: {_size(self.state_bytes)} weights, gradients and optimizer, "
                 f"about {_size(self.activation_bytes)} activations; the first one also holds a copy of the weights",
@@ -113,7 +117,25 @@ def forecast(model: UnifiedModel, config: TrainConfig, world_size: int, *, free_
         checkpoint_bytes=checkpoint_bytes,
         disk_bytes=checkpoint_bytes * (config.checkpoint.keep + 1) + 4 * n,
         free_disk=free_disk,
+        stages=tuple(describe_stages(config)),
     )
+
+
+def describe_stages(config: TrainConfig) -> list[str]:
+    """Return a sentence on each stage: its steps, learning rate, and shares of the draws by source and task."""
+    lines = []
+    for place, (stage, first_step) in enumerate(zip(config.stages, config.stage_starts, strict=True)):
+        last_step = first_step + config.stage_steps(place) - 1
+        rates = " to ".join(f"{learning_rate_at(config, step):.2g}" for step in (first_step, last_step))
+        sources = config.data.changed(stage.mixture).sources
+        total = sum(source.weight for source in sources)
+        shares = ", ".join(
+            f"{source.label} {source.weight / total:.0%} ({', '.join(source.tasks)})"
+            for source in sources
+            if source.weight
+        )
+        lines.append(f"{stage.name}: steps {first_step + 1:,} to {last_step + 1:,}, learning rate {rates}; {shares}")
+    return lines
 
 
 def _state_bytes(n: int, stage: int, world_size: int, bf16: bool, n_averages: int) -> int:

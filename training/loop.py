@@ -28,7 +28,7 @@ from omniform.training.checkpoint import (
 from omniform.training.config import FitConfig
 from omniform.training.engine import WEIGHTS, Engine
 from omniform.training.metrics import MetricsLog
-from omniform.training.optim import EMA, learning_rate
+from omniform.training.optim import EMA, learning_rate_at
 from omniform.training.run_folder import CHECKPOINTS, is_first_process, resume_command
 from omniform.training.step import train_step
 from omniform.training.task import Task
@@ -54,6 +54,7 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
         SystemExit: SIGINT or SIGTERM came; a checkpoint was written first.
     """
     checkpoints = out / CHECKPOINTS
+    _check_loss_weights(config, task)
     # ZeRO takes the module apart: samples and the result come from a copy, which the first rank keeps.
     replica = copy.deepcopy(task.module) if is_first_process() else None
     engine = Engine(task.module, config)
@@ -63,25 +64,30 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
         return out / result
     random_state.seed_everything(config.seed, engine.rank)
     progress, notices = _resume(checkpoints, engine, task)
-    log = MetricsLog(out, engine, task.term_weights, first_step=progress.step, steps=config.steps)
+    log = MetricsLog(out, engine, list(task.term_weights), first_step=progress.step, steps=config.steps)
 
     with closing(log), StopSignals() as signals:
         for notice in notices:
             log.note(notice)
         while progress.step < config.steps:
             step = progress.step
-            lr = learning_rate(config.optim, step, config.steps)
+            place = config.stage_at(step)
+            stage = None if place is None else config.stages[place]
+            weights = {**task.term_weights, **({} if stage is None else stage.loss_weights)}
+            lr = learning_rate_at(config, step)
             started = time.monotonic()
             batches = task.micro_batches(step, engine.rank, engine.world_size)
             data_seconds = time.monotonic() - started
 
-            outcome = train_step(engine, task, batches, lr, stop=signals.received is not None)
+            outcome = train_step(engine, weights, batches, lr, stop=signals.received is not None)
             progress = _advance(progress, outcome.update.skipped, outcome.n_tokens)
             log.add(outcome, data_seconds)
             step = progress.step
 
-            if step % config.log.every == 0 or step == config.steps:
-                log.write(step, lr=lr, grad_norm=outcome.update.grad_norm, skipped=progress.n_skipped)
+            # An entry of the log is of one stage.
+            if step % config.log.every == 0 or step == config.steps or step in config.stage_starts:
+                values = {"lr": lr, "grad_norm": outcome.update.grad_norm, "skipped": progress.n_skipped}
+                log.write(step, weights, None if stage is None else stage.name, values)
             if progress.n_skipped_in_a_row >= config.optim.skip_limit:
                 raise OmniformError(
                     f"the gradient was not finite in {progress.n_skipped_in_a_row} steps in a row, up to step {step}: "
@@ -113,6 +119,15 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
         commit(draft, out / result)
     engine.close()
     return out / result
+
+
+def _check_loss_weights(config: FitConfig, task: Task) -> None:
+    for place, stage in enumerate(config.stages):
+        for term in stage.loss_weights:
+            if term not in task.term_weights:
+                raise OmniformError(
+                    f"stages.{place}.loss_weights.{term}: no such loss term; there are {', '.join(task.term_weights)}"
+                )
 
 
 def _is_finished(checkpoints: Path, steps: int) -> bool:

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,8 @@ class MetricsLog:
         steps: steps of the whole run.
     """
 
-    def __init__(
-        self, out: Path, engine: Engine, term_weights: Mapping[str, float], *, first_step: int, steps: int
-    ) -> None:
-        self._engine, self._term_weights, self._first_step, self._steps = engine, term_weights, first_step, steps
+    def __init__(self, out: Path, engine: Engine, terms: Sequence[str], *, first_step: int, steps: int) -> None:
+        self._engine, self._terms, self._first_step, self._steps = engine, terms, first_step, steps
         self._start_window()
         if engine.rank > 0:
             return
@@ -48,7 +46,7 @@ class MetricsLog:
 
     def _start_window(self) -> None:
         self._loss_sums: torch.Tensor | None = None
-        self._counts = torch.zeros(len(self._term_weights), dtype=torch.float64)
+        self._counts = torch.zeros(len(self._terms), dtype=torch.float64)
         self._n_steps, self._n_tokens, self._data_seconds = 0, 0.0, 0.0
         self._started = time.monotonic()
 
@@ -64,20 +62,27 @@ class MetricsLog:
         if self._engine.rank == 0:
             self._bar.update()
 
-    def write(self, step: int, **values: float) -> None:
-        """Write the window that ends after `step` steps, with further `values`; every rank must call it."""
+    def write(
+        self, step: int, term_weights: Mapping[str, float], stage: str | None, values: Mapping[str, float]
+    ) -> None:
+        """Write the window that ends after `step` steps, with further `values`; every rank must call it.
+
+        Args:
+            term_weights: of the losses in their sum, in the whole window.
+            stage: name of the stage that the window's steps belong to, if the run has stages.
+        """
         local = torch.zeros(len(self._counts)) if self._loss_sums is None else self._loss_sums
         sums = self._engine.sum_over_ranks(local.double())
         if self._engine.rank == 0:
             losses = {
                 term: float(total / count)
-                for term, total, count in zip(self._term_weights, sums, self._counts, strict=True)
+                for term, total, count in zip(self._terms, sums, self._counts, strict=True)
                 if count > 0
             }
             seconds = max(time.monotonic() - self._started, 1e-9)
-            record: dict[str, Any] = {"step": step}
+            record: dict[str, Any] = {"step": step} if stage is None else {"step": step, "stage": stage}
             if losses:
-                record["loss"] = sum(self._term_weights[term] * loss for term, loss in losses.items())
+                record["loss"] = sum(term_weights[term] * loss for term, loss in losses.items())
             record |= {f"loss/{term}": loss for term, loss in losses.items()}
             record |= values
             record |= {
@@ -90,23 +95,22 @@ class MetricsLog:
 
     def _report(self, record: dict[str, Any]) -> None:
         # NaN and infinities are no JSON numbers: a skipped step's gradient norm is null.
-        finite = {k: v if abs(v) < float("inf") else None for k, v in record.items()}
+        finite = {k: v if isinstance(v, str) or abs(v) < float("inf") else None for k, v in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         for name, value in record.items():
-            if name != "step":
+            if name not in ("step", "stage"):
                 self._tensorboard.add_scalar(name, value, record["step"])
         losses = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k.startswith("loss"))
+        stage = f"{record['stage']}  " if "stage" in record else ""
         speed = f"{record['tokens_per_second']:,.0f} tokens/s"
         if self._bar.disable:
             eta = timedelta(seconds=round(record["seconds_per_step"] * (self._steps - record["step"])))
             norm, lr = record["grad_norm"], record["lr"]
-            line = (
-                f"step {record['step']}/{self._steps}  {losses}  grad_norm {norm:.3f}  lr {lr:.2e}  {speed}  eta {eta}"
-            )
-            print(line, file=sys.stderr, flush=True)
+            done = f"step {record['step']}/{self._steps}  {stage}{losses}"
+            print(f"{done}  grad_norm {norm:.3f}  lr {lr:.2e}  {speed}  eta {eta}", file=sys.stderr, flush=True)
         else:
-            self._bar.set_postfix_str(f"{losses}  {speed}", refresh=False)
+            self._bar.set_postfix_str(f"{stage}{losses}  {speed}", refresh=False)
 
     def note(self, message: str) -> None:
         """Print a sentence without breaking the progress bar, on the first rank."""

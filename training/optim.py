@@ -7,20 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omniform.training.config import OptimConfig
+from omniform.training.config import FitConfig, OptimConfig, ScheduleConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
 
 
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+def learning_rate_at(config: FitConfig, step: int) -> float:
+    """Return the learning rate of a step of the run: by the schedule of its stage, over the stage's steps, where it has
+    one of its own; else by that of `optim`, over all steps.
+
+    So one "wsd" in `optim` decays once, at the end of the run, whatever the stages; one in a stage at the stage's end.
+    """
+    place = config.stage_at(step)
+    own = None if place is None else config.stages[place].learning_rate
+    if place is None or own is None:
+        return learning_rate(config.optim, step, config.steps)
+    return learning_rate(own, step - config.stage_starts[place], config.stage_steps(place))
+
+
+def learning_rate(config: ScheduleConfig, step: int, steps: int) -> float:
     """Return the learning rate of `step` in [0, steps).
 
-    Linear rise over `warmup_steps`, reaching `lr` with its last step; then cosine decay to the final rate, or constant
-    and a linear decay over the last `decay_fraction` of all steps.
+    Linear rise over `warmup_steps`, reaching `lr` with its last step; then cosine decay to the final rate, or constant,
+    or constant and a linear decay over the last `decay_fraction` of the steps.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
     final = config.final_lr_fraction
     if config.schedule == "cosine":
         progress = (step - config.warmup_steps) / (steps - config.warmup_steps)

@@ -19,7 +19,7 @@ from omniform.modeling.model import UnifiedModel
 from omniform.tokenizers.base import Modality
 from omniform.tokenizers.registry import load_modality
 from omniform.training.config import TrainConfig
-from omniform.training.forecast import forecast
+from omniform.training.forecast import describe_stages, forecast
 from omniform.training.loop import fit
 from omniform.training.model_task import ModelTask
 from omniform.training.run_folder import is_first_process, open_run_folder
@@ -75,6 +75,7 @@ def train(
         seed=config.seed,
         cache_dir=config.cache_dir or out / "tokens",
         rows_per_step=config.rows_per_step,
+        stages=config.data_stages,
     )
     generation = GenerationConfig(max_sequence_length=config.data.row_length, modalities=config.generation)
     task = ModelTask(
@@ -118,6 +119,7 @@ def model_card(config: TrainConfig, model: UnifiedModel) -> str:
             f"- objectives: {objectives}",
             f"- {config.steps:,} steps of {config.rows_per_step} rows of {config.data.row_length} tokens, "
             f"seed {config.seed}",
+            *(f"- stage {line}" for line in describe_stages(config)),
             "",
             "Data:",
             *sources,

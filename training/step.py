@@ -1,5 +1,6 @@
 """One optimizer step: every micro-batch of every rank as if it were one batch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from omniform.errors import OmniformError
 from omniform.training.engine import Engine, Update
-from omniform.training.task import MicroBatch, Task
+from omniform.training.task import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class StepResult:
     """What a step did.
 
     Attributes:
-        loss_sums: this rank's loss sum per term, in the order of `task.term_weights`, on the engine's device.
+        loss_sums: this rank's loss sum per term, in the order of the weights given, on the engine's device.
         counts: count per term over all ranks, in the same order.
         n_tokens: over all ranks.
         stop: whether any rank asked to stop.
@@ -28,34 +29,38 @@ class StepResult:
     stop: bool
 
 
-def train_step(engine: Engine, task: Task, batches: list[MicroBatch], lr: float, *, stop: bool = False) -> StepResult:
+def train_step(
+    engine: Engine, term_weights: Mapping[str, float], batches: list[MicroBatch], lr: float, *, stop: bool = False
+) -> StepResult:
     """Run forward and backward passes of this rank's `batches` and the optimizer step that all ranks share.
 
     Each term's loss sum is divided by its count over all ranks and micro-batches, so the gradient is that of one big
     batch however its items are spread. The engine averages over ranks, hence the factor world size.
 
     Args:
+        term_weights: weight of each loss term in this step, in the module's order.
         stop: this rank's wish to end; carried to all ranks in the same message as the counts.
     """
-    terms = task.term_weights
     if len(batches) != engine.accumulation:
         raise OmniformError(f"the task gave {len(batches)} micro-batches, expected {engine.accumulation} on every rank")
-    local = [sum(batch.counts[term] for batch in batches) for term in terms]
+    local = [sum(batch.counts[term] for batch in batches) for term in term_weights]
     message = torch.tensor([*local, sum(b.n_tokens for b in batches), stop], dtype=torch.float64)
     *counts, n_tokens, n_stop = engine.sum_over_ranks(message).tolist()
 
-    loss_sums = torch.zeros(len(terms), device=engine.device)
+    loss_sums = torch.zeros(len(term_weights), device=engine.device)
     for batch in batches:
         losses = engine.forward(batch.inputs)
-        if list(losses) != list(terms):
-            raise OmniformError(f"the module returned losses {list(losses)}, expected {list(terms)} in this order")
+        if list(losses) != list(term_weights):
+            raise OmniformError(
+                f"the module returned losses {list(losses)}, expected {list(term_weights)} in this order"
+            )
         total = torch.zeros((), device=engine.device)
-        for (term, weight), count in zip(terms.items(), counts, strict=True):
+        for (term, weight), count in zip(term_weights.items(), counts, strict=True):
             if count:
                 total = total + losses[term] * (weight * engine.world_size / count)
             else:
                 # Absent everywhere: it stays in the graph, so that all ranks run the same backward pass, as 0.
                 total = total + torch.where(torch.zeros_like(losses[term], dtype=torch.bool), losses[term], 0.0)
         engine.backward(total)
-        loss_sums += torch.stack([losses[term].detach().float() for term in terms])
+        loss_sums += torch.stack([losses[term].detach().float() for term in term_weights])
     return StepResult(engine.step(lr), loss_sums, torch.tensor(counts, dtype=torch.float64), n_tokens, n_stop > 0)

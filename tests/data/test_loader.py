@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniform.data.loader import TrainingData
-from omniform.data.mixture import WINDOW, DataConfig, Mixture, SourceConfig, arrange
+from omniform.data.mixture import WINDOW, DataConfig, DataStage, Mixture, SourceChange, SourceConfig, arrange
 from omniform.data.packing import first_fit
 from omniform.data.schema import DataError, RawSample, RawSpan
 from omniform.data.shards import ShardWriter
@@ -45,7 +45,7 @@ def make(
     write_pairs(tmp_path / "large", 300, per_shard=130)
     write_pairs(tmp_path / "small", 70, {5: b"cannot be decoded"})
 
-    def build(seed: int = 0, rows_per_step: int = 8, **changes: Any) -> TrainingData:
+    def build(seed: int = 0, rows_per_step: int = 8, stages: Sequence[DataStage] = (), **changes: Any) -> TrainingData:
         sources = (
             SourceConfig(path=tmp_path / "large", weight=3.0, tasks=BOTH),
             SourceConfig(path=tmp_path / "small", weight=1.0, tasks={"text->image": 1.0}),
@@ -59,6 +59,7 @@ def make(
             seed=seed,
             cache_dir=tmp_path / "cache",
             rows_per_step=rows_per_step,
+            stages=stages,
         )
 
     return build
@@ -87,7 +88,7 @@ def test_a_draw_is_the_sample_and_task_that_it_says(
     make: Callable[..., TrainingData], byte_vocabulary: Vocabulary
 ) -> None:
     data = make(condition_dropout=0.3)
-    draws = data.mixture.window(0)
+    draws = data.stage_rows(0).mixture.window(0)
     by_key = {int(key): place for place, key in enumerate(draws.noise_key)}
     found = [sequence for step in range(20) for row in data.rows(step) for sequence in row]
     for sequence in found:
@@ -126,14 +127,82 @@ def test_a_position_continues_exactly_without_replay(make: Callable[..., Trainin
     resumed = make()
     resumed.restore(json.loads(json.dumps(data.position(300))))
     planned: list[int] = []
-    window = resumed.mixture.window
-    resumed.mixture.window = lambda number: (planned.append(number), window(number))[1]  # type: ignore[method-assign]
+    mixture = resumed.stage_rows(0).mixture
+    window = mixture.window
+    mixture.window = lambda number: (planned.append(number), window(number))[1]  # type: ignore[method-assign]
     assert {step: keys(resumed.rows(step)) for step in range(300, 400)} == {s: expected[s] for s in range(300, 400)}
     assert min(planned) == data.position(300)["window"] > 0
     assert resumed.position(300) == data.position(300)
     # What lies before the position is still the same sequence.
     assert keys(resumed.rows(200)) == expected[200]
     assert keys(resumed.rows(399)) == expected[399]
+
+
+@pytest.fixture
+def staged(make: Callable[..., TrainingData]) -> Callable[..., TrainingData]:
+    """Make a loader whose data changes at steps 90 and 200: the small source alone, both, and the other way round."""
+
+    def build(**changes: Any) -> TrainingData:
+        config = make().config
+        alone = config.changed({"large": SourceChange(weight=0.0)})
+        turned = config.changed({"small": SourceChange(weight=9.0, tasks={"image->text": 1.0})})
+        return make(stages=(DataStage(0, alone), DataStage(90, config), DataStage(200, turned)), **changes)
+
+    return build
+
+
+def test_one_stage_is_as_none(make: Callable[..., TrainingData]) -> None:
+    plain, staged = make(), make(stages=(DataStage(0, make().config),))
+    for step in (0, 50, 149):
+        assert keys(plain.rows(step)) == keys(staged.rows(step))
+
+
+def test_each_stage_draws_its_own_mixture(staged: Callable[..., TrainingData]) -> None:
+    data = staged()
+    for stage, steps, share, tasks in (
+        (0, range(90), 1.0, {0}),
+        (1, range(90, 200), 0.25, {0}),
+        (2, (200,), 0.75, {0}),
+    ):
+        rows = data.stage_rows(stage)
+        draws = [rows.plan(window)[0] for window in {rows.locate(8 * (step - steps[0]))[0] for step in steps}]
+        source = np.concatenate([d.source for d in draws])
+        assert np.mean(source == 1) == pytest.approx(share, abs=1e-3)
+        assert {int(task) for d in draws for task in d.task[d.source == 1]} == tasks
+    found = [sequence.spans for step in range(220, 240) for row in data.rows(step) for sequence in row]
+    assert np.mean([spans[-1].modality == "text" for spans in found]) > 0.8  # the small source's task was turned round
+
+
+def test_sources_go_on_over_stages_and_no_visit_comes_twice(staged: Callable[..., TrainingData]) -> None:
+    data = staged()
+    seen = Counter(sequence.noise_key for step in range(300) for row in data.rows(step) for sequence in row)
+    assert set(seen.values()) == {1}
+    # A stage starts where the windows begun before it end: nothing of a source is left out but the rest of a window.
+    for number in (1, 2):
+        before, after = data.stage_rows(number - 1), data.stage_rows(number)
+        first, begun = after.mixture.first_window, before.mixture.first_window
+        cursors = before.mixture.cursors(begun) + (first - begun) * before.mixture.quotas
+        assert after.mixture.cursors(first).tolist() == cursors.tolist()
+        n_steps = data.stages[number].first_step - data.stages[number - 1].first_step
+        n_rows = [len(before.plan(window)[1]) for window in range(begun, first)]
+        assert sum(n_rows[:-1]) < 8 * n_steps <= sum(n_rows)
+    draws = data.stage_rows(2).mixture.window(data.stage_rows(2).mixture.first_window)
+    here = draws.source == 0
+    expected = data.stage_rows(2).mixture.cursors(data.stage_rows(2).mixture.first_window)[0] + np.arange(here.sum())
+    assert draws.epoch[here].tolist() == (expected // 300).tolist()
+
+
+@pytest.mark.parametrize("step", [45, 90, 91, 150, 200, 260])
+def test_a_position_in_any_stage_continues_exactly(staged: Callable[..., TrainingData], step: int) -> None:
+    data = staged()
+    expected = {s: keys(data.rows(s)) for s in (0, 89, 90, 199, 200, 201, 261, *range(step, step + 3))}
+    resumed = staged()
+    resumed.restore(json.loads(json.dumps(data.position(step))))
+    assert {s: keys(resumed.rows(s)) for s in reversed(expected)} == dict(reversed(expected.items()))
+    assert resumed.position(step) == data.position(step)
+    other = staged(seed=1)
+    with pytest.raises(DataError, match="or start a new run"):
+        other.restore(data.position(step))
 
 
 def test_a_position_of_other_data_is_refused(make: Callable[..., TrainingData], tmp_path: Path) -> None:
@@ -159,12 +228,12 @@ def test_a_hole_is_counted_and_shifts_no_other_draw(
     assert list(intact.holes.values()) == [0]
     n_steps = 4
     assert damaged.position(n_steps)["window"] == 2
-    windows = [damaged.mixture.window(number) for number in range(3)]
+    windows = [damaged.stage_rows(0).mixture.window(number) for number in range(3)]
     left = {int(key) for window in windows for key in window.noise_key[window.sample != 5]}
     found, whole = ([k for s in range(n_steps) for row in keys(d.rows(s)) for k in row] for d in (damaged, intact))
     assert set(found) <= left
     # First-fit may share rows out differently, but a window ends with the same samples.
-    in_first_window = {int(key) for key in intact.mixture.window(0).noise_key}
+    in_first_window = {int(key) for key in intact.stage_rows(0).mixture.window(0).noise_key}
     assert in_first_window & left <= set(found)
     assert in_first_window <= set(whole)
 
@@ -262,6 +331,9 @@ def test_first_fit_is_its_definition(case: tuple[list[int], int]) -> None:
         ("text->text", ["text", "image"], []),
         ("text->image", ["text", "text"], []),
         ("text->image", [], []),
+        ("interleaved", ["text", "image", "text", "image"], [(0, "t"), (1, "t"), (2, "t"), (3, "t")]),
+        ("interleaved", ["image", "text"], [(0, "t"), (1, "t")]),
+        ("interleaved", ["text"], []),
     ],
 )
 def test_tasks_take_the_spans_that_they_name(task: str, modalities: list[str], expected: list) -> None:

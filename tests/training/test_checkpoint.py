@@ -38,7 +38,7 @@ def make(toy: ModuleType, stage: int, precision: str = "fp32", ema_decay: float 
 def train(task, engine: Engine, first: int, last: int) -> list[float]:
     losses = []
     for step in range(first, last):
-        result = train_step(engine, task, task.micro_batches(step, 0, 1), 0.05)
+        result = train_step(engine, task.term_weights, task.micro_batches(step, 0, 1), 0.05)
         losses.append(float((result.loss_sums.double() / result.counts.clamp(min=1)).sum()))
     return losses
 

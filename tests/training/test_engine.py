@@ -57,7 +57,7 @@ def test_training_equals_plain_torch(toy: ModuleType, stage: int) -> None:
     engine = Engine(task.module, config)
     for step in range(config.steps):
         lr = learning_rate(OPTIM, step, config.steps)
-        result = train_step(engine, task, task.micro_batches(step, 0, 1), lr)
+        result = train_step(engine, task.term_weights, task.micro_batches(step, 0, 1), lr)
         assert result.update.grad_norm == pytest.approx(norms[step], rel=1e-5)
     # Same mathematics in another order of summation: rounding of fp32 over six steps.
     torch.testing.assert_close(dict(engine.read(WEIGHTS)), weights, rtol=1e-4, atol=1e-6)
@@ -102,7 +102,7 @@ def test_step_with_nan_changes_nothing_and_the_next_one_is_sound(toy: ModuleType
     skipped = []
     for step in range(3):
         before = {key: dict(engine.read(key)) for key in (WEIGHTS, *engine.state_keys)}
-        result = train_step(engine, task, task.micro_batches(step, 0, 1), 0.1)
+        result = train_step(engine, task.term_weights, task.micro_batches(step, 0, 1), 0.1)
         after = {key: dict(engine.read(key)) for key in before}
         same = [torch.equal(before[key][n], after[key][n]) for key in before for n in before[key] if n != "frozen"]
         skipped.append(result.update.skipped)
@@ -120,7 +120,7 @@ def test_bf16_keeps_fp32_masters_exactly(toy: ModuleType, stage: int) -> None:
     third = torch.full((7, 5), 1 / 3)  # not a bf16 number
     engine.write("trunk.0.weight", third)
     assert torch.equal(dict(engine.read(WEIGHTS))["trunk.0.weight"], third)
-    result = train_step(engine, task, task.micro_batches(0, 0, 1), 1e-6)
+    result = train_step(engine, task.term_weights, task.micro_batches(0, 0, 1), 1e-6)
     moved = dict(engine.read(WEIGHTS))["trunk.0.weight"]
     # AdamW's first step is lr in size, far below a bf16 ulp of 1/3: only a master copy can hold it.
     assert not result.update.skipped
@@ -133,7 +133,7 @@ def test_autocast_multiplies_in_bf16_and_keeps_fp32_weights(toy: ModuleType) -> 
     engine = Engine(task.module, settings(2, "bf16_autocast"))
     seen = []
     task.module.trunk[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    train_step(engine, task, task.micro_batches(0, 0, 1), 0.1)
+    train_step(engine, task.term_weights, task.micro_batches(0, 0, 1), 0.1)
     assert set(seen) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in task.module.parameters())
     engine.close()
@@ -153,7 +153,7 @@ def test_uneven_micro_batches_give_the_step_of_the_whole_batch(toy: ModuleType) 
         task = toy.Toy(8, micro_batch_rows)
         engine = Engine(task.module, config)
         for step in range(3):
-            train_step(engine, task, task.micro_batches(step, 0, 1), 0.1)
+            train_step(engine, task.term_weights, task.micro_batches(step, 0, 1), 0.1)
         weights.append(dict(engine.read(WEIGHTS)))
         engine.close()
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
