@@ -21,8 +21,9 @@ from omniform.data.schema import DataError, RawSample, RawSpan
 from omniform.data.sealed import seal, unseal, write_atomically
 from omniform.data.shards import ShardWriter
 from omniform.data.templates import TEST_TEMPLATES, TRAIN_TEMPLATES, render
-from omniform.data.verify import MANIFEST, file_digest, verify
+from omniform.data.verify import MANIFEST, verify
 from omniform.kernels.keyed_noise import keyed_bits, keyed_permutation, keyed_uniform, stream
+from omniform.modeling.folder import file_digest
 
 VERSION = 1
 IMAGE_SIZE = 16

@@ -5,13 +5,14 @@ of another tokenizer can never be taken for these. A file is written whole or no
 with the first shard that has none.
 """
 
+import collections
 import fcntl
 import hashlib
 import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,17 @@ from omniform.data.shards import ShardReader, read_sample
 from omniform.errors import OmniformError
 from omniform.tokenizers.base import Modality, Tokens, folder_digest
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 BATCH_SIZE = 256
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a sample has no tokens: the reason by which it is counted, and a message that names shard and key."""
+
+    reason: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,13 @@ class EncodedShard:
     Attributes:
         arrays: `codes` (N,); per span (S,) `sample` within the shard, `modality` as a place in `modalities`, `stop` in
             codes; and `grid` (S, 3), zero beyond a span's axes.
-        failures: message by sample, for those that cannot be decoded and have no spans.
+        failures: by sample, for those that cannot be decoded and have no spans.
     """
 
     n_samples: int
     modalities: tuple[str, ...]
     arrays: Mapping[str, npt.NDArray[np.integer[Any]]]
-    failures: Mapping[int, str]
+    failures: Mapping[int, Failure]
 
 
 class EncodedSource:
@@ -81,7 +90,7 @@ class EncodedSource:
         self._modalities = tuple(digests)
         firsts = np.cumsum([0, *(shard.n_samples for shard in shards)])
         self.failures = {
-            int(first) + i: text for first, s in zip(firsts, shards, strict=False) for i, text in s.failures.items()
+            int(first) + i: why for first, s in zip(firsts, shards, strict=False) for i, why in s.failures.items()
         }
         n_codes = np.cumsum([0, *(len(shard.arrays["codes"]) for shard in shards)])
         merged = {name: np.concatenate([s.arrays[name] for s in shards]) for name in ("codes", "modality", "grid")}
@@ -91,8 +100,8 @@ class EncodedSource:
         samples = np.concatenate([s.arrays["sample"] + n for s, n in zip(shards, firsts, strict=False)])
         self._first_span = np.searchsorted(samples, np.arange(len(self) + 1))
         if self.failures:
-            first = next(iter(self.failures.values()))
-            _log.warning("%s: %d of %d samples cannot be decoded: %s", folder, len(self.failures), len(self), first)
+            counted = "; ".join(_counted(self.failures.values()))
+            _log.warning("%s: %d of %d samples cannot be decoded: %s", folder, len(self.failures), len(self), counted)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -108,6 +117,17 @@ class EncodedSource:
         codes = torch.from_numpy(self._codes[self._bounds[span] : self._bounds[span + 1]].astype(np.int64))
         grid = tuple(int(n) for n in self._grid[span] if n) or (0,)
         return Tokens(codes, grid)
+
+
+def _counted(failures: Iterable[Failure]) -> Iterator[str]:
+    """Yield per reason how many samples failed for it, and what the first of them says."""
+    firsts: dict[str, str] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    for failure in failures:
+        firsts.setdefault(failure.reason, failure.message)
+        counts[failure.reason] += 1
+    for reason, count in counts.most_common():
+        yield f"{count} x {reason}, first {firsts[reason]}"
 
 
 def tokenizer_digest(tokenizer: Modality) -> str:
@@ -135,7 +155,7 @@ def _cached(
         record = {
             **identity,
             "n_samples": encoded.n_samples,
-            "failures": sorted(encoded.failures.items()),
+            "failures": [[sample, why.reason, why.message] for sample, why in sorted(encoded.failures.items())],
             "arrays_sha256": _arrays_digest(encoded.arrays),
         }
         write_atomically(path, save(dict(encoded.arrays), {"omniform": json.dumps(record)}))
@@ -148,7 +168,7 @@ def _read(path: Path, identity: Mapping[str, Any]) -> EncodedShard:
             record = json.loads((file.metadata() or {})["omniform"])
             arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
         intact = record["arrays_sha256"] == _arrays_digest(arrays)
-        failures = {int(sample): str(message) for sample, message in record["failures"]}
+        failures = {int(sample): Failure(str(reason), str(message)) for sample, reason, message in record["failures"]}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}): remove it, and it is encoded again") from error
     if not intact or any(record.get(key) != value for key, value in identity.items()):
@@ -178,7 +198,7 @@ def _encode(tokenizer: Modality, items: Sequence[Any]) -> Sequence[Tokens | Omni
 
 
 def _encode_shard(shard: ShardIndex, tokenizers: Mapping[str, Modality], modalities: tuple[str, ...]) -> EncodedShard:
-    failures: dict[int, str] = {}
+    failures: dict[int, Failure] = {}
     tokens: dict[tuple[int, int], tuple[str, Tokens]] = {}  # by (sample, place)
     waiting: dict[str, list[tuple[int, int, Any]]] = {name: [] for name in modalities}
 
@@ -188,7 +208,8 @@ def _encode_shard(shard: ShardIndex, tokenizers: Mapping[str, Modality], modalit
             if isinstance(result, Tokens):
                 tokens[sample, place] = (name, result)
             else:
-                failures[sample] = f"{shard.shard.name}: sample {shard.samples[sample].key}: {result}"
+                message = f"{shard.shard.name}: sample {shard.samples[sample].key}: {result}"
+                failures[sample] = Failure(result.reason, message)
         waiting[name] = []
 
     if not sys.stderr.isatty():
@@ -201,7 +222,7 @@ def _encode_shard(shard: ShardIndex, tokenizers: Mapping[str, Modality], modalit
             read = [(place, span.modality, _read_item(tokenizers[span.modality], span)) for place, span in items]
         except OmniformError as error:
             where = "" if isinstance(error, SampleError) else f"sample {record.key}: "
-            failures[number] = f"{shard.shard.name}: {where}{error}"
+            failures[number] = Failure(error.reason, f"{shard.shard.name}: {where}{error}")
             continue
         for place, name, item in read:
             waiting[name].append((number, place, item))

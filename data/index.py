@@ -11,6 +11,9 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from omniform.data.schema import DataError
 from omniform.data.sealed import seal, unseal, write_atomically
@@ -18,8 +21,11 @@ from omniform.data.sealed import seal, unseal, write_atomically
 INDEX_VERSION = 1
 MAX_SAMPLE_BYTES = 256 * 2**20
 _BLOCK = 512
+Natural = Annotated[int, Field(ge=0, strict=True)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class SampleRecord:
     """Where a sample lies.
@@ -32,10 +38,10 @@ class SampleRecord:
     """
 
     key: str
-    offset: int
-    size: int
-    sha256: str
-    members: dict[str, tuple[int, int]]
+    offset: Natural
+    size: Natural
+    sha256: Digest
+    members: dict[str, tuple[Natural, Natural]]
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,10 @@ class ShardIndex:
                 "samples": records,
             }
         )
+
+
+_RECORDS = TypeAdapter(tuple[SampleRecord, ...])
+_SIZE, _DIGEST = TypeAdapter(Natural), TypeAdapter(Digest)
 
 
 def shard_folders(folder: Path) -> list[Path]:
@@ -110,7 +120,8 @@ def read_index(shard: Path, index_dir: Path | None = None) -> ShardIndex:
     """Read the stored index of `shard`.
 
     Raises:
-        DataError: there is none, it is damaged, or it is of another version or another shard.
+        DataError: there is none, it is damaged, of another version or another shard, or places a member outside of its
+            sample.
     """
     path = index_path(shard, index_dir)
     command = f"run `omniform data index {shard.parent}{'' if index_dir is None else f' --index-dir {index_dir}'}`"
@@ -122,11 +133,18 @@ def read_index(shard: Path, index_dir: Path | None = None) -> ShardIndex:
             f"{path} is version {content.get('version')} of the index of {content.get('shard')}, "
             f"expected version {INDEX_VERSION} of {shard.name}: {command}"
         )
-    samples = tuple(
-        SampleRecord(s["key"], s["offset"], s["size"], s["sha256"], {n: (m[0], m[1]) for n, m in s["members"].items()})
-        for s in content["samples"]
-    )
-    return ShardIndex(shard, content["shard_size"], content["shard_sha256"], samples)
+    try:
+        samples = _RECORDS.validate_python(content.get("samples"))
+        size = _SIZE.validate_python(content.get("shard_size"))
+        digest = _DIGEST.validate_python(content.get("shard_sha256"))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = "/".join(map(str, first["loc"]))
+        raise DataError(f"{path} is no index of a shard ({where or 'its head'}: {first['msg']}): {command}") from error
+    for record in samples:
+        if any(start + length > record.size for start, length in record.members.values()):
+            raise DataError(f"{path} places a member of sample {record.key!r} outside of that sample: {command}")
+    return ShardIndex(shard, size, digest, samples)
 
 
 def index_shard(shard: Path) -> ShardIndex:

@@ -9,23 +9,24 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from omniform.data.images import open_image
 from omniform.data.index import shard_folders
-from omniform.data.schema import DataError, RawSample
+from omniform.data.schema import DataError, RawSample, SampleError
 from omniform.data.sealed import unseal
 from omniform.data.shards import ShardReader
 from omniform.data.verify import MANIFEST
+from omniform.tokenizers.image_files import ImageFileError, read_header, read_picture
 
 _TILE, _CAPTION_LINES, _LINE, _MARGIN = 128, 3, 14, 8
 
 
 def info(folder: Path, index_dir: Path | None = None) -> dict[str, Any]:
     """Return what the data is and holds, as JSON values: recipe and sources if known, and per split the number of
-    shards, samples and bytes, the spans by modality, characters of text, image sizes, and counts per digit label.
+    shards, samples and bytes, the spans by modality, samples with an image and no text, characters of text, sizes of
+    images, and counts per digit label; and by reason how many samples or images cannot be read, and the first one's
+    key. Only the headers of images are read: `verify` decodes them.
 
     Raises:
         DataError: no shards, or shards without an index.
-        SampleError: a sample that cannot be read.
     """
     manifest = unseal(folder / MANIFEST, "build the data again") if (folder / MANIFEST).exists() else {}
     about = {key: value for key, value in manifest.items() if key not in ("files", "samples")}
@@ -34,13 +35,14 @@ def info(folder: Path, index_dir: Path | None = None) -> dict[str, Any]:
 
 
 def preview(folder: Path, out: Path, n: int = 16, index_dir: Path | None = None) -> Path:
-    """Draw a contact sheet, `n` samples of each split evenly spread over it, each over its captions.
+    """Draw a contact sheet, `n` samples of each split evenly spread over it, each over its captions; an image that
+    cannot be read is a red cross.
 
     Args:
         out: the PNG file to write.
 
     Raises:
-        DataError: `out` is not named .png, `n` is below 1, no shards, or a sample that cannot be read.
+        DataError: `out` is not named .png, `n` is below 1, no shards, or a sample whose bytes changed.
     """
     if out.suffix.lower() != ".png":
         raise DataError(f"the contact sheet cannot be written as {out.name!r}: give a name that ends in .png")
@@ -78,14 +80,20 @@ def _summary(reader: ShardReader) -> dict[str, Any]:
     spans: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
     digits: collections.Counter[str] = collections.Counter()
-    n_characters = 0
-    for sample in reader:
-        for span in sample.spans:
-            spans[span.modality] += 1
-            n_characters += len(span.text or "")
-            if span.modality == "image" and span.payload is not None:
-                image = open_image(span.payload)
-                sizes[f"{image.width}x{image.height}"] += 1
+    unreadable: dict[str, dict[str, Any]] = {}
+    n_characters = n_uncaptioned = 0
+    for place in range(len(reader)):
+        try:
+            sample = reader[place]
+            sizes.update(_sizes(sample))
+        except (SampleError, ImageFileError) as error:
+            entry = unreadable.setdefault(error.reason, {"count": 0, "first": reader.describe(place)})
+            entry["count"] += 1
+            continue
+        modalities = [span.modality for span in sample.spans]
+        spans.update(modalities)
+        n_uncaptioned += "image" in modalities and "text" not in modalities
+        n_characters += sum(len(span.text or "") for span in sample.spans)
         if "digit" in sample.metadata:
             digits[str(sample.metadata["digit"])] += 1
     summary = {
@@ -93,13 +101,21 @@ def _summary(reader: ShardReader) -> dict[str, Any]:
         "samples": len(reader),
         "bytes": sum(shard.size for shard in reader.shards),
         "spans": dict(sorted(spans.items())),
+        "uncaptioned": n_uncaptioned,
         "characters": n_characters,
     }
+    if unreadable:
+        summary["unreadable"] = unreadable
     if sizes:
         summary["image_sizes"] = dict(sizes.most_common(10))
     if digits:
         summary["digits"] = dict(sorted(digits.items()))
     return summary
+
+
+def _sizes(sample: RawSample) -> list[str]:
+    headers = [read_header(payload) for payload in _image_payloads(sample)]
+    return [f"{header.width}x{header.height}" for header in headers]
 
 
 def _image_payloads(sample: RawSample) -> list[bytes]:
@@ -118,7 +134,13 @@ def _draw_sample(
     others = [f"[{span.modality}]" for span in sample.spans if span.payload is not None and span.modality != "image"]
     for place, payload in enumerate(images):
         side = _TILE // len(images)
-        image = open_image(payload).convert("RGB")
+        try:
+            image = read_picture(payload, "RGB")
+        except ImageFileError:
+            box = (left + place * side, top, left + (place + 1) * side - 1, top + side - 1)
+            draw.line((*box[:2], *box[2:]), fill="red")
+            draw.line((box[0], box[3], box[2], box[1]), fill="red")
+            continue
         scale = side / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         smooth = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS

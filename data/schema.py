@@ -6,8 +6,9 @@ A sample of ours has a `json` member that lists the spans and a member per paylo
     000012.1.png
 
 Image-text pairs as img2dataset writes them (an image member beside `txt`, or `json` with a `caption`) are read as they
-are. Nothing here decodes a payload: the tokenizer of the span's modality does, and nothing else ever will, so a
-member that no span names (a pickle, say) is never opened.
+are; where both hold a caption, `txt` counts; one that is blank is none, for img2dataset writes an empty `txt` where a
+picture had no caption. Nothing here decodes a payload: the tokenizer of the span's modality does, and nothing else
+ever will, so a member that no span names (a pickle, say) is never opened.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 
 from omniform.errors import OmniformError
 
-FOREIGN_IMAGES = ("jpg", "jpeg", "png", "webp")
+FOREIGN_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
 class DataError(OmniformError):
@@ -27,6 +28,8 @@ class DataError(OmniformError):
 
 class SampleError(DataError):
     """One sample that cannot be read. Training counts it and leaves a hole; other samples are not affected."""
+
+    reason = "damaged, or not a sample"
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,9 @@ class RawSample:
                 raise SampleError(f"sample {key}: its json's 'spans' is {entries!r:.80}, expected a list of spans")
             return cls(key, tuple(_read_span(key, entry, members) for entry in entries), record)
         spans = []
-        caption = record.get("caption")
-        if "txt" in members:
-            caption = _read_text(key, members["txt"])
-        if isinstance(caption, str):
-            spans.append(RawSpan("text", text=_checked_text(key, caption)))
+        captions = [_read_text(key, members["txt"])] if "txt" in members else []
+        captions += [record["caption"]] if isinstance(record.get("caption"), str) else []
+        spans += [RawSpan("text", text=_checked_text(key, caption)) for caption in captions if caption.strip()][:1]
         spans += [
             RawSpan("image", payload=members[name], extension=name) for name in FOREIGN_IMAGES if name in members
         ][:1]

@@ -4,6 +4,7 @@ webdataset's own reader loses data silently where a shard is damaged, and its de
 byte ranges that the index names and check their digests. This is the only file that imports webdataset.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,8 @@ class ShardWriter:
         self.folder = folder
         self.samples_per_shard = samples_per_shard
         self.n_samples = 0
-        self._pending: list[RawSample] = []
+        self._partial: Path | None = None
+        self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         return self
@@ -43,8 +45,11 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and self._pending:
-            self._write_shard()
+        if kind is None:
+            self._finish_shard()
+        self._resources.close()
+        if self._partial is not None:
+            self._partial.unlink()
 
     def write(self, sample: RawSample) -> None:
         """Add a sample.
@@ -52,23 +57,30 @@ class ShardWriter:
         Raises:
             DataError: a sample that the format cannot hold.
         """
-        self._pending.append(sample)
+        members = sample.to_members()
+        if self._partial is None:
+            self._begin_shard()
+        self._writer.write({"__key__": sample.key, **members})
         self.n_samples += 1
-        if len(self._pending) == self.samples_per_shard:
-            self._write_shard()
+        if self.n_samples % self.samples_per_shard == 0:
+            self._finish_shard()
 
-    def _write_shard(self) -> None:
+    def _begin_shard(self) -> None:
         from webdataset import TarWriter
 
-        shard = self.folder / f"{(self.n_samples - 1) // self.samples_per_shard:06d}.tar"
-        partial = shard.with_suffix(".partial")
+        self._partial = self.folder / f"{self.n_samples // self.samples_per_shard:06d}.partial"
+        file = self._resources.enter_context(self._partial.open("wb"))
         # A fixed time and owner: the archive must not depend on when and where it was written.
-        with partial.open("wb") as file, TarWriter(file, "omniform", "omniform", mtime=0, encoder=False) as writer:
-            for sample in self._pending:
-                writer.write({"__key__": sample.key, **sample.to_members()})
-        partial.replace(shard)
-        write_atomically(index_path(shard), index_shard(shard).to_bytes())
-        self._pending = []
+        writer = TarWriter(file, "omniform", "omniform", mtime=0, encoder=False)
+        self._writer = self._resources.enter_context(writer)
+
+    def _finish_shard(self) -> None:
+        self._resources.close()
+        if self._partial is not None:
+            shard = self._partial.with_suffix(".tar")
+            self._partial.replace(shard)
+            self._partial = None
+            write_atomically(index_path(shard), index_shard(shard).to_bytes())
 
 
 class ShardReader(Sequence[RawSample]):

@@ -1,16 +1,17 @@
 """Check data against its digests and name whatever changed."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omniform.data.images import open_image
 from omniform.data.index import SampleRecord, ShardIndex, index_path, index_shard, read_index, shard_folders
 from omniform.data.schema import DataError, SampleError
 from omniform.data.sealed import unseal
 from omniform.data.shards import read_sample
+from omniform.modeling.folder import file_digest
+from omniform.tokenizers.base import TokenizerError
+from omniform.tokenizers.image_files import read_picture
 
 MANIFEST = "manifest.json"
 
@@ -73,11 +74,6 @@ def verify(folder: Path, index_dir: Path | None = None) -> Report:
     return report
 
 
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _name(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix()
 
@@ -130,8 +126,8 @@ def _sample_problem(index: ShardIndex, record: SampleRecord) -> str | None:
         sample = read_sample(index, record)
         for span in sample.spans:
             if span.modality == "image" and span.payload is not None:
-                open_image(span.payload)
-    except SampleError as error:
+                read_picture(span.payload, "RGB")
+    except (SampleError, TokenizerError) as error:
         return str(error).removeprefix(f"sample {record.key}").lstrip(": ")
     return None
 

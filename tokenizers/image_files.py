@@ -40,11 +40,7 @@ _UPRIGHT = {
 
 
 class ImageFileError(TokenizerError):
-    """An image that cannot be read.
-
-    Attributes:
-        reason: a few words, the same for all images that fail in the same way: what counts are kept by.
-    """
+    """An image that cannot be read, with the reason by which such images are counted."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

@@ -6,4 +6,9 @@ class OmniformError(ValueError):
 
     The message names what was given, what was expected and what to do. The command line prints it without a
     traceback and exits with status 2; the library lets it pass to the caller.
+
+    Attributes:
+        reason: a few words, the same for all errors of a kind, by which such errors are counted.
     """
+
+    reason = "cannot be used"

@@ -56,10 +56,13 @@ def test_samples_that_fail_leave_counted_holes_and_change_no_other(
     with caplog.at_level(logging.WARNING):
         source = EncodedSource(folder, tokenizers, tmp_path / "cache")
     assert sorted(source.failures) == [3, 7, 11, 29]
-    assert "000000.tar: sample 00003: 4 bytes, expected 2" in source.failures[3]
-    assert "sample 00007: above ff00" in source.failures[7]
-    assert "sample 00011 is damaged" in source.failures[11]
-    assert "4 of 30 samples cannot be decoded" in caplog.text
+    assert "000000.tar: sample 00003: 4 bytes, expected 2" in source.failures[3].message
+    assert "sample 00007: above ff00" in source.failures[7].message
+    assert "sample 00011 is damaged" in source.failures[11].message
+    assert (
+        "4 of 30 samples cannot be decoded: 3 x cannot be used, first 000000.tar: sample 00003: 4 bytes" in caplog.text
+    )
+    assert "1 x damaged, or not a sample, first 000000.tar: sample 00011 is damaged" in caplog.text
     intact = EncodedSource(write_pairs(tmp_path / "intact", 30, per_shard=20), tokenizers, tmp_path / "cache")
     for number in set(range(30)) - set(source.failures):
         assert source.tokens(number, 1).codes.tolist() == intact.tokens(number, 1).codes.tolist()
