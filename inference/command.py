@@ -25,6 +25,7 @@ class Output:
         path: the file that was written, if any.
         sample: which of the samples that were asked for it belongs to.
         seed: what the run can be repeated with.
+        n_near_ties: of the whole sample; see `Reply`.
     """
 
     modality: str
@@ -32,6 +33,7 @@ class Output:
     path: Path | None
     sample: int
     seed: int
+    n_near_ties: int
 
 
 def generate_files(
@@ -76,7 +78,7 @@ def generate_files(
             path = target if len(to_files) == 1 else target.with_name(f"{target.stem}-{number}{target.suffix}")
             _write(part, path)
         text = part.text if isinstance(part, TextPart) else None
-        outputs.append(Output(part.modality, text, path, sample, replies[sample].seed))
+        outputs.append(Output(part.modality, text, path, sample, replies[sample].seed, replies[sample].n_near_ties))
     return outputs
 
 

@@ -198,7 +198,8 @@ class Model:
                 parts[step.session].append(part)
                 yield PartDone(part, number, place)
                 if len(parts[step.session]) == len(requests[0].to):
-                    yield Done(Reply(tuple(parts[step.session]), requests[step.session].seed), place)
+                    seed, n_near_ties = requests[step.session].seed, sessions[step.session].n_near_ties
+                    yield Done(Reply(tuple(parts[step.session]), seed, n_near_ties), place)
 
     def _text_so_far(self, step: SpanStep) -> str:
         """Return the text of an open span, less a last character whose bytes may not all be there yet."""
@@ -206,13 +207,16 @@ class Model:
         return self.tokenizers["text"].decode(Tokens(codes, (len(codes),))).rstrip("\N{REPLACEMENT CHARACTER}")
 
     def _decode(self, finished: Sequence[SpanStep], sessions: Sequence[Session]) -> list[ContentPart]:
-        """Decode the spans that closed in one step, which are of one modality, together."""
+        """Decode the spans that closed in one step, which are of one modality.
+
+        Each by itself: decoded in a batch, the same codes can give pixels that rounding has turned.
+        """
         if not finished:
             return []
         modality, tokenizer = finished[0].span.modality, self.tokenizers[finished[0].span.modality]
         tokens = [sessions[step.session].generated[step.span.number] for step in finished]
         with torch.inference_mode():
-            items = tokenizer.decode_batch(tokens)
+            items = [tokenizer.decode(one) for one in tokens]
         if modality == "text":
             ended = [int(step.span.state.token_ids[-1]) == self.network.vocabulary.end for step in finished]
             return [TextPart(item, "end" if end else "length") for item, end in zip(items, ended, strict=True)]

@@ -62,10 +62,13 @@ class Reply:
     Attributes:
         parts: in the order in which they were asked for.
         seed: with the same prompt, settings and model it gives the same reply again.
+        n_near_ties: choices on the way that the rounding of logits could have turned (see `KeyedDraw`): with none,
+            the prompt has this reply in any batch.
     """
 
     parts: tuple[ContentPart, ...]
     seed: int
+    n_near_ties: int = 0
 
     @property
     def text(self) -> str:

@@ -76,6 +76,9 @@ class Session:
         dropped: what stands in their place in the copy that guidance reads; None without guidance.
         settings: by modality to be generated.
         seed, sample: see `KeyedDraw`.
+
+    Attributes:
+        n_near_ties: of the spans that are closed; see `KeyedDraw`.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Session:
         self.branches = [Branch(context)] + ([] if dropped is None else [Branch(dropped)])
         self.generated: list[Tokens] = []
         self.span: OpenSpan | None = None
+        self.n_near_ties = 0
         self._settings, self._seed, self._sample = settings, seed, sample
 
     def open_span(
@@ -129,6 +133,7 @@ class Session:
         codes = vocabulary.to_codes(span.modality, contents)
         tokens = Tokens(codes, (len(codes),) if span.grid is None else span.grid)
         self.generated.append(tokens)
+        self.n_near_ties += span.draw.n_near_ties
         for branch in self.branches:
             branch.parts.append(Part(span.modality, tokens, Role.CONTEXT))
         self.span = None
