@@ -1,5 +1,6 @@
 """Images <-> a grid of codes of a convolutional autoencoder."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -15,12 +16,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from omniform.tokenizers.base import Discrete, Modality, TokenizerError, Tokens
-from omniform.tokenizers.codecs.quantizers import FSQConfig, QuantizerConfig
+from omniform.tokenizers.codecs.fsq import FSQConfig
+from omniform.tokenizers.codecs.quantizers import QuantizerConfig
 from omniform.tokenizers.folder import read_tokenizer_folder, write_tokenizer_folder
 from omniform.tokenizers.image_files import Fit, Mode, fit_picture, plain_picture, read_picture
 
 if TYPE_CHECKING:
-    from omniform.tokenizers.codecs.conv import ConvCodec
+    from omniform.tokenizers.codecs.codec import Codec
 
 _PAYLOAD = "codec.safetensors"
 _CHUNK = 256  # images in one pass of the codec, which bounds memory
@@ -39,6 +41,7 @@ class ImageTokenizerConfig:
         patch_size: pixels per side of the patches that the first layer reads.
         widths: channels at each resolution, each half as fine as the one before.
         n_blocks: residual blocks at each resolution, in encoder and decoder each.
+        margin: pixels around its own area that a code sees; null: all of the image, for norms run over the whole.
     """
 
     channels: Literal[1, 3] = 1
@@ -48,6 +51,7 @@ class ImageTokenizerConfig:
     patch_size: int = Field(default=2, ge=1)
     widths: Annotated[tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...], Field(min_length=1)] = (64, 96)
     n_blocks: int = Field(default=1, ge=1)
+    margin: int | None = Field(default=None, ge=0)
     quantizer: QuantizerConfig = FSQConfig()
 
     @property
@@ -64,11 +68,16 @@ class ImageTokenizerConfig:
             )
         return self
 
-    def build(self) -> "ConvCodec":
+    def build(self) -> "Codec":
         """Return the codec with random weights from torch's generator."""
-        from omniform.tokenizers.codecs.conv import ConvCodec
+        quantizer = self.quantizer.build()
+        if self.margin is None:
+            from omniform.tokenizers.codecs.conv import ConvCodec
 
-        return ConvCodec(self.channels, self.patch_size, self.widths, self.n_blocks, self.quantizer.build())
+            return ConvCodec(self.channels, self.patch_size, self.widths, self.n_blocks, quantizer)
+        from omniform.tokenizers.codecs.local import LocalCodec
+
+        return LocalCodec(self.channels, self.downsampling, self.margin, self.widths, self.n_blocks, quantizer)
 
 
 class ImageTokenizer(Modality):
@@ -82,16 +91,16 @@ class ImageTokenizer(Modality):
     name = "image"
     grid_rank = 2
 
-    def __init__(self, config: ImageTokenizerConfig, codec: "ConvCodec") -> None:
+    def __init__(self, config: ImageTokenizerConfig, codec: "Codec") -> None:
         self.config = config
         self.codec = codec.eval().requires_grad_(False)
         self.representation = Discrete(codec.quantizer.codebook_size)
 
     @property
-    def fixed_grid(self) -> tuple[int, int]:
-        """Codes per column and row."""
-        side = self.config.image_size // self.config.downsampling
-        return (side, side)
+    def fixed_grid(self) -> tuple[int, ...]:
+        """Codes per column and row, and at each place where that is more than one."""
+        side, depth = self.config.image_size // self.config.downsampling, self.codec.quantizer.depth
+        return (side, side) if depth == 1 else (side, side, depth)
 
     @torch.no_grad()
     def encode_batch(self, items: Sequence[Any]) -> list[Tokens]:
@@ -190,7 +199,7 @@ class ImageTokenizer(Modality):
 
     def _check_tokens(self, tokens: Tokens) -> None:
         codes, size = tokens.codes, self.codec.quantizer.codebook_size
-        if tuple(tokens.grid) != self.fixed_grid or len(codes) != self.fixed_grid[0] * self.fixed_grid[1]:
+        if tuple(tokens.grid) != self.fixed_grid or len(codes) != math.prod(self.fixed_grid):
             raise TokenizerError(f"{len(codes)} codes of grid {tokens.grid}, expected the grid {self.fixed_grid}")
         if not (int(codes.min()) >= 0 and int(codes.max()) < size):
             raise TokenizerError(f"codes span [{codes.min()}, {codes.max()}], expected [0, {size - 1}]")

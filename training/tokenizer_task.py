@@ -42,6 +42,7 @@ class ImageTokenizerTrainConfig(FitConfig):
         data: folder of indexed shards, such as WORLD/train; every image span of it is learnt from.
         max_images: the first so many are held in memory, as bytes; a larger folder is learnt from in part.
         commitment_weight: beta of VQ-VAE (arXiv:1711.00937, equation 3); FSQ has no such term.
+        entropy_weight: of the entropy penalty of LFQ (arXiv:2310.05737, section 3.1); the others have no such term.
     """
 
     kind: Literal["conv_vq"]
@@ -49,6 +50,7 @@ class ImageTokenizerTrainConfig(FitConfig):
     tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
     max_images: int = Field(default=200_000, ge=1)
     commitment_weight: float = Field(default=0.25, gt=0)
+    entropy_weight: float = Field(default=0.1, gt=0)
 
     @model_validator(mode="after")
     def _check_precision(self) -> "ImageTokenizerTrainConfig":
@@ -98,9 +100,11 @@ class ImageTokenizerTask:
         # The tokenizer reads images and stores the result; the module that learns stays apart from it.
         self.tokenizer = ImageTokenizer(config.tokenizer, copy.deepcopy(codec))
         self.module: nn.Module = codec
-        self.term_weights: Mapping[str, float] = {"reconstruction": 1.0}
-        if config.tokenizer.quantizer.kind == "vq_ema":
-            self.term_weights = {"reconstruction": 1.0, "commitment": config.commitment_weight}
+        weights = {"commitment": config.commitment_weight, "entropy": config.entropy_weight}
+        self.term_weights: Mapping[str, float] = {
+            "reconstruction": 1.0,
+            **{term: weights[term] for term in codec.quantizer.loss_terms},
+        }
         reader = ShardReader(config.data)
         self._images, self.n_unreadable = _read_images(reader, self.tokenizer, config.max_images)
         self._identity = {"data": reader.digest, "n_images": len(self._images)}

@@ -16,7 +16,7 @@ from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
 from omniform.tokenizers.base import Modality
-from omniform.tokenizers.codecs.quantizers import FSQConfig
+from omniform.tokenizers.codecs.fsq import FSQConfig
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 from omniform.tokenizers.text import SentencePieceTokenizer
 

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from omniform.tokenizers.base import Discrete, TokenizerError, Tokens
-from omniform.tokenizers.codecs.quantizers import FSQConfig, VQEMAConfig
+from omniform.tokenizers.codecs.fsq import FSQConfig
+from omniform.tokenizers.codecs.vq import VQEMAConfig
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 
 QUANTIZERS = {"fsq": FSQConfig(levels=(5, 4)), "vq_ema": VQEMAConfig(codebook_size=20, dim=4)}

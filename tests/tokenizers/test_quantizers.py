@@ -13,7 +13,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omniform.tokenizers.codecs.quantizers import FSQ, VQEMA, VQEMAConfig
+from omniform.tokenizers.codecs.fsq import FSQ
+from omniform.tokenizers.codecs.vq import VQEMA, VQEMAConfig
 
 LEVELS = [(3,), (8, 8), (4, 4, 4), (8, 5, 3)]
 HERE = Path(__file__).parent
@@ -74,7 +75,7 @@ def test_fsq_rounds_as_the_paper_says(levels: tuple[int, ...], values: list[floa
     expected = [round(b) / (n // 2) for b, n in zip(bounded, levels, strict=True)]
     assert quantized.latents.flatten().tolist() == pytest.approx(expected)
     assert FSQ(levels).code_vectors(quantized.codes).flatten().tolist() == pytest.approx(expected)
-    assert quantized.commitment is None
+    assert quantized.losses == {}
 
 
 def test_fsq_maps_zero_to_zero_and_reaches_every_level() -> None:
@@ -106,7 +107,7 @@ def test_the_nearest_code_is_the_nearest_by_brute_force(seed: int, n: int) -> No
     assert chosen.codes.flatten().tolist() == expected
     torch.testing.assert_close(off_grid(chosen.latents), quantizer.codebook[expected])
     squares = sum(min(row) for row in distances)
-    assert chosen.commitment.item() == pytest.approx(float(squares) / (n * 3), rel=1e-4)
+    assert chosen.losses["commitment"].item() == pytest.approx(float(squares) / (n * 3), rel=1e-4)
 
 
 @given(seed=st.integers(0, 2**16), n=st.integers(1, 40), decay=st.floats(0.5, 0.99))

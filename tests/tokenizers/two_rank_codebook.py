@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from omniform.tokenizers.codecs.quantizers import VQEMA, VQEMAConfig
+from omniform.tokenizers.codecs.vq import VQEMA, VQEMAConfig
 
 CONFIG = VQEMAConfig(codebook_size=4, dim=2)
 

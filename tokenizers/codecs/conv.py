@@ -2,20 +2,22 @@
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from omniform.tokenizers.codecs.quantizers import Quantizer
+from omniform.tokenizers.codecs.codec import Codec
+from omniform.tokenizers.codecs.quantizer import Quantizer
 
 _GROUP = 8  # channels that are normalised together
 
 
-class ConvCodec(nn.Module):
+class ConvCodec(Codec):
     """Images -> a grid of codes -> images.
+
+    Its norms are over groups of channels of the whole image, so every code depends on every pixel.
 
     Patches of pixels become channels first, so that no convolution runs at the full resolution. Each further width
     halves the grid in the encoder and doubles it in the decoder.
@@ -30,7 +32,6 @@ class ConvCodec(nn.Module):
     def __init__(
         self, channels: int, patch_size: int, widths: Sequence[int], n_blocks: int, quantizer: Quantizer
     ) -> None:
-        super().__init__()
         patch_channels = channels * patch_size**2
         down: list[nn.Module] = [nn.PixelUnshuffle(patch_size), nn.Conv2d(patch_channels, widths[0], 3, padding=1)]
         for place, width in enumerate(widths):
@@ -45,24 +46,7 @@ class ConvCodec(nn.Module):
             if place:
                 up.append(Upsample2D(width, use_conv=True, out_channels=widths[place - 1]))
         up += [*_norm_act(widths[0]), nn.Conv2d(widths[0], patch_channels, 3, padding=1), nn.PixelShuffle(patch_size)]
-        self.encoder = nn.Sequential(*down)
-        self.quantizer = quantizer
-        self.decoder = nn.Sequential(*up)
-
-    def forward(self, pixels: Float[Tensor, "B C H W"]) -> dict[str, Float[Tensor, ""]]:
-        """Return the loss terms, each summed over images: mean squared error, and commitment where codes are learnt."""
-        quantized = self.quantizer(self.encoder(pixels))
-        error = F.mse_loss(self.decoder(quantized.latents).float(), pixels, reduction="none")
-        losses = {"reconstruction": error.mean((1, 2, 3)).sum()}
-        return losses if quantized.commitment is None else {**losses, "commitment": quantized.commitment}
-
-    def encode(self, pixels: Float[Tensor, "B C H W"]) -> Int[Tensor, "B h w"]:
-        """Return the codes of images in [-1, 1]."""
-        return self.quantizer(self.encoder(pixels)).codes
-
-    def decode(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B C H W"]:
-        """Return the images of codes, clamped to [-1, 1]."""
-        return self.decoder(self.quantizer.code_vectors(codes)).clamp(-1, 1)
+        super().__init__(nn.Sequential(*down), quantizer, nn.Sequential(*up))
 
 
 class _Residual(ResnetBlock2D):
