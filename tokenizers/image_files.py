@@ -71,7 +71,7 @@ def read_header(payload: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """
     with _opened(payload, max_pixels) as image:
         width, height = image.size
-        if _orientation(image) >= 5:
+        if image.format != "TIFF" and _orientation(image) >= 5:  # Pillow gives a TIFF the size of its upright picture
             width, height = height, width
         file_format = {"MPO": "JPEG"}.get(image.format or "", image.format or "")
         return ImageHeader(file_format, width, height, bool(getattr(image, "is_animated", False)))
@@ -99,8 +99,9 @@ def plain_picture(image: Image.Image, mode: Mode) -> Image.Image:
     """
     with _decoding(f"{image.width} x {image.height} pixels of mode {image.mode}"):
         _check_pixels(image.size, MAX_PIXELS)
-        upright = _with_8_bits(_with_known_polarity(image))
+        image.load()  # turns a TIFF upright, after which its orientation says so
         turn = _UPRIGHT.get(_orientation(image))
+        upright = _with_8_bits(_with_known_polarity(image))
         if upright.has_transparency_data:
             shown = upright.convert("RGBA")
             upright = Image.new("RGB", shown.size, "white")
@@ -138,6 +139,8 @@ def _opened(payload: bytes, max_pixels: int) -> Iterator[Image.Image]:
     if len(payload) > MAX_BYTES:
         raise ImageFileError("file too large", f"an image file of {len(payload)} bytes, expected at most {MAX_BYTES}")
     with _decoding(f"{len(payload)} bytes"):
+        if payload.startswith(b"RIFF"):
+            _check_pixels(_webp_size(payload), max_pixels)
         try:
             image = Image.open(io.BytesIO(payload), formats=FORMATS)
         except UnidentifiedImageError as error:
@@ -177,6 +180,17 @@ def _decoding(what: str) -> Iterator[None]:
         raise ImageFileError(
             "damaged image", f"{what} are not a whole {', '.join(FORMATS)} image: {error or type(error).__name__}"
         ) from error
+
+
+def _webp_size(payload: bytes) -> tuple[int, int]:
+    """Return the canvas that a WebP file states: Pillow's decoder takes memory for it before Pillow tells the size."""
+    width, height = (int.from_bytes(payload[place : place + 2], "little") & 0x3FFF for place in (26, 28))
+    if payload[12:16] == b"VP8L":
+        bits = int.from_bytes(payload[21:25], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    elif payload[12:16] == b"VP8X":
+        width, height = (1 + int.from_bytes(payload[place : place + 3], "little") for place in (24, 27))
+    return width, height
 
 
 def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
