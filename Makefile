@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.omniform-installed
-BENCH ?= attention generation
+BENCH ?= attention generation batch_invariance
 
 .PHONY: demo test check bench drills
 .DEFAULT_GOAL := test
