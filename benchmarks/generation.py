@@ -11,7 +11,7 @@ from paired import compare, control
 
 from omniform.inference.engine import Engine
 from omniform.inference.sampling import KeyedDraw, guide
-from omniform.inference.session import Session
+from omniform.inference.session import Plan, Session
 from omniform.modeling.config import DecoderConfig, ModelConfig
 from omniform.modeling.generation_config import SamplingSettings
 from omniform.modeling.model import UnifiedModel
@@ -35,8 +35,8 @@ def build() -> UnifiedModel:
 
 def cached(model: UnifiedModel, prompt: Part) -> list[int]:
     """Generate as `omniform generate` does."""
-    session = Session([prompt], [], {"image": SETTINGS}, SEED)
-    for _ in Engine(model, {"text": None, "image": GRID}).run([session], ["image"]):
+    session = Session([prompt], [], Plan(("image",), {"image": SETTINGS}, SEED, max_rows=1024))
+    for _ in Engine(model, {"text": None, "image": GRID}).run([session]):
         pass
     return session.generated[0].codes.tolist()
 

@@ -36,29 +36,58 @@ class Engine:
         self.model, self.fixed_grids = model, fixed_grids
         self.n_active = 0
 
-    def run(self, sessions: Sequence[Session], to: Sequence[str]) -> Iterator[list[SpanStep]]:
-        """Generate one span per entry of `to` in every session, yielding the spans that each forward pass advanced.
+    def run(self, sessions: Sequence[Session]) -> Iterator[list[SpanStep]]:
+        """Generate the spans of every session, yielding those that each forward pass advanced.
 
         Closing the iterator frees the sessions' memory.
         """
         self.n_active += len(sessions)
         try:
             cache = KVCache()
-            for modality in to:
-                yield from self._run_span(sessions, modality, cache)
+            while not all(session.done for session in sessions):
+                self._choose(sessions, cache)
+                for modality in self.model.vocabulary.names:
+                    if any(session.upcoming == modality for session in sessions):
+                        yield from self._run_spans(sessions, modality, cache)
         finally:
             self.n_active -= len(sessions)
 
-    def _run_span(self, sessions: Sequence[Session], modality: str, cache: KVCache) -> Iterator[list[SpanStep]]:
+    def _choose(self, sessions: Sequence[Session], cache: KVCache) -> None:
+        """Let the sessions whose next span is the model's choice choose it."""
+        choosing = [session for session in sessions if session.upcoming is None and not session.done]
+        if not choosing:
+            return
+        vocabulary, objectives = self.model.vocabulary, self.model.config.objectives
+        branches = [branch for session in sessions for branch in session.branches]
+        rows = [
+            branch.unread(vocabulary, objectives) if session in choosing else None
+            for session in sessions
+            for branch in session.branches
+        ]
+        hidden = self._forward(branches, rows, cache, commit=True)
+        last = {
+            id(branch): hidden[place, len(new) - 1]
+            for place, (branch, new) in enumerate(zip(branches, rows, strict=True))
+            if new
+        }
+        for session in choosing:
+            logits = self._next_span_logits(last[id(session.branches[0])])
+            session.choose(logits, self.fixed_grids, vocabulary, objectives)
+
+    def _run_spans(self, sessions: Sequence[Session], modality: str, cache: KVCache) -> Iterator[list[SpanStep]]:
+        """Run the spans of the sessions whose next one is of `modality`, in step; the others wait."""
         vocabulary, objectives = self.model.vocabulary, self.model.config.objectives
         objective = objectives[modality]
         branches = [branch for session in sessions for branch in session.branches]
         for session in sessions:
-            session.open_span(modality, self.fixed_grids[modality], vocabulary, objectives)
-        self._forward(branches, [branch.pending() for branch in branches], cache, commit=True)
+            if session.upcoming == modality:
+                session.open_span(self.fixed_grids[modality], vocabulary, objectives)
+        rows: list[MultimodalSequence | None]
+        rows = [branch.pending() if session.span else None for session in sessions for branch in session.branches]
+        self._forward(branches, rows, cache, commit=True)
         begin_id = vocabulary.begin(modality)
         while any(session.span for session in sessions):
-            rows: list[MultimodalSequence | None] = []
+            rows = []
             for session in sessions:
                 for branch in session.branches:
                     span = session.span
@@ -106,3 +135,8 @@ class Engine:
         found = torch.cat([hidden[place, : len(new)] for place, new in enumerate(rows) if new is not None])
         logits = self.model.logits(found, self.model.vocabulary.target_range(modality))
         return logits.float().cpu().split(counts)
+
+    @torch.inference_mode()
+    def _next_span_logits(self, hidden: Float[Tensor, "D"]) -> Float[Tensor, "W"]:
+        """Return the logits of what may follow a span, on the CPU in fp32."""
+        return self.model.logits(hidden, self.model.vocabulary.next_span_range).float().cpu()

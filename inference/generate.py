@@ -1,5 +1,6 @@
 """The public face of generation: `load` a model folder, then `generate`, `generate_batch` or `stream`."""
 
+import itertools
 import json
 import math
 import secrets
@@ -14,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from omniform.errors import OmniformError
+from omniform.inference.editing import Edit
 from omniform.inference.engine import Engine, SpanStep
 from omniform.inference.protocol import (
+    ANY,
     ContentPart,
     DataPart,
     Done,
@@ -25,6 +28,7 @@ from omniform.inference.protocol import (
     Reply,
     Request,
     SpanProgress,
+    Targets,
     TextDelta,
     TextPart,
     parse_prompt,
@@ -32,7 +36,7 @@ from omniform.inference.protocol import (
     parse_targets,
 )
 from omniform.inference.sampling import sampling_settings
-from omniform.inference.session import Session
+from omniform.inference.session import Plan, Session
 from omniform.modeling.config import parse_config
 from omniform.modeling.folder import LoadedModel, load_model_folder
 from omniform.modeling.generation_config import GenerationConfig, SamplingSettings
@@ -57,7 +61,13 @@ class Model:
     All generating methods take these keywords; what is not given comes from the model's generation_config.json, and a
     value that is given holds for every generated span that it applies to.
 
-        to: modality to generate, or an ordered list of them; text unless given.
+        to: modality to generate, or an ordered list of them; text unless given; "any" lets the model choose what comes
+            next until it ends the document, if it has learnt to.
+        max_parts: most parts of a reply to "any"; 8 unless given.
+        image: a picture to be drawn anew in part, for to="image"; the prompt may be [] then.
+        mask: what of `image` to draw anew: a picture of its size, black where it stays. Every token that touches the
+            rest is new, and pixels under black come back as they were. Unless given, what is transparent.
+        strength: instead of a mask, the fraction of the picture's tokens to draw anew, chosen by the seed.
         max_new_tokens: most tokens of a text, its end included; unless given also bounded by the room that is left.
         temperature, top_k, top_p, guidance_scale, steps: see `SamplingSettings`. A default guidance_scale is not
             applied to an empty prompt, which leaves nothing to guide towards.
@@ -111,6 +121,7 @@ class Model:
         Args:
             seed: one per prompt, each with the result of `generate` with that seed; or one for all, whose prompts
                 are then different samples of it: repeat a prompt to sample it several times.
+            image, mask: one for all, or a list with one per prompt.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise OmniformError(f"prompts is a {type(prompts).__name__}, expected a list of prompts")
@@ -177,7 +188,8 @@ class Model:
         """Run sessions together and turn their steps into events; `first` is the place of the first prompt."""
         parts: list[list[ContentPart]] = [[] for _ in sessions]
         told = [""] * len(sessions)
-        for steps in self.engine.run(sessions, requests[0].to):
+        open_replies = set(range(len(sessions)))
+        for steps in itertools.chain(self.engine.run(sessions), [[]]):
             for step in steps:
                 state, span = step.span.state, step.span
                 if span.grid is not None:
@@ -195,11 +207,16 @@ class Model:
                     if rest:
                         yield TextDelta(rest, number, place)
                     told[step.session] = ""
+                edit = requests[step.session].edit
+                if edit is not None and isinstance(part, ImagePart):
+                    part = ImagePart(edit.compose(part.image))
                 parts[step.session].append(part)
                 yield PartDone(part, number, place)
-                if len(parts[step.session]) == len(requests[0].to):
-                    seed, n_near_ties = requests[step.session].seed, sessions[step.session].n_near_ties
-                    yield Done(Reply(tuple(parts[step.session]), seed, n_near_ties), place)
+            # A session that chooses to end does so between two steps.
+            for number in sorted(number for number in open_replies if sessions[number].done):
+                open_replies.remove(number)
+                n_near_ties = sessions[number].n_near_ties
+                yield Done(Reply(tuple(parts[number]), requests[number].seed, n_near_ties), first + number)
 
     def _text_so_far(self, step: SpanStep) -> str:
         """Return the text of an open span, less a last character whose bytes may not all be there yet."""
@@ -231,38 +248,69 @@ class Model:
         seed: int | Sequence[int] | None,
         keywords: Mapping[str, Any],
     ) -> list[Request]:
-        targets = parse_targets(to)
-        for modality in targets:
-            self._require(modality, "asked for")
         given = {name: value for name, value in keywords.items() if value is not None}
         negative = given.pop("negative_prompt", None)
-        self._check_keywords(given, targets)
+        targets = self._targets(to, max_parts=given.pop("max_parts", None))
         seeds = parse_seeds(seed, len(prompts), fresh=secrets.randbits(63))
+        edits = self._edits(targets, seeds, *(given.pop(name, None) for name in ("image", "mask", "strength")))
+        modalities = targets.names or self.modalities
+        self._check_keywords(given, modalities)
         settings = {
-            name: sampling_settings("generate", **{**vars(self.defaults[name]), **given}) for name in set(targets)
+            name: sampling_settings("generate", **{**vars(self.defaults[name]), **given}) for name in set(modalities)
         }
         guided = any(chosen.guidance_scale != 1 for chosen in settings.values())
         if negative is not None and not guided:
             raise OmniformError("negative_prompt has no effect at guidance_scale 1: give a guidance_scale above 1")
         dropped = () if negative is None else self._parse(negative)
         requests = []
-        for prompt, (own_seed, sample) in zip(prompts, seeds, strict=True):
+        for prompt, edit, (own_seed, sample) in zip(prompts, edits, seeds, strict=True):
             parts = self._parse(prompt)
+            if not parts and targets.names is None:
+                raise OmniformError("the prompt is empty, but what comes next is chosen by what came before: give one")
             if not parts and not dropped and given.get("guidance_scale", 1) != 1:
                 raise OmniformError(
                     f"guidance_scale is {given['guidance_scale']}, but the prompt holds no condition that guidance "
                     "could push towards: give a prompt, or guidance_scale=1"
                 )
             own_dropped = dropped if guided and (parts or dropped) else None
-            requests.append(Request(parts, targets, settings, own_dropped, own_seed, sample))
+            requests.append(Request(parts, targets, settings, own_dropped, own_seed, sample, edit))
         return requests
 
-    def _check_keywords(self, given: Mapping[str, Any], targets: Sequence[str]) -> None:
-        objectives = self.network.config.objectives
-        if "steps" in given and all(objectives[name].commits for name in targets):
-            raise OmniformError(f"steps does not apply to {', '.join(targets)}, generated token by token: leave it out")
-        if "max_new_tokens" in given and all(self.engine.fixed_grids[name] for name in targets):
-            raise OmniformError(f"max_new_tokens does not apply to {', '.join(targets)}, of fixed size: leave it out")
+    def _targets(self, to: str | Sequence[str], max_parts: int | None) -> Targets:
+        targets = parse_targets(to, max_parts)
+        for modality in targets.names or ():
+            self._require(modality, "asked for")
+        if targets.names is None and not self.network.config.next_span_weight:
+            raise OmniformError(
+                f'to is "{ANY}", but this model has not learnt what follows a part (model.next_span_weight is 0): name '
+                "the parts in order, such as to=['text', 'image']"
+            )
+        return targets
+
+    def _edits(
+        self, targets: Targets, seeds: Sequence[tuple[int, int]], image: Any, mask: Any, strength: Any
+    ) -> Sequence[Edit | None]:
+        """Return the edit of each prompt; None where a new item is asked for."""
+        if image is None:
+            if mask is not None or strength is not None:
+                raise OmniformError("mask and strength say what of a picture to draw anew: give the picture as image")
+            return [None] * len(seeds)
+        if targets.names != ("image",):
+            raise OmniformError(f'an image to edit was given, and to is {targets.names}: expected to="image"')
+        if mask is not None and strength is not None:
+            raise OmniformError("both mask and strength were given: a mask says already what is drawn anew")
+        images, masks = _one_per_prompt("image", image, len(seeds)), _one_per_prompt("mask", mask, len(seeds))
+        tokenizer = self.tokenizers["image"]
+        if strength is None:
+            return [Edit.masked(own, cover, tokenizer) for own, cover in zip(images, masks, strict=True)]
+        return [Edit.varied(own, strength, *seed, tokenizer=tokenizer) for own, seed in zip(images, seeds, strict=True)]
+
+    def _check_keywords(self, given: Mapping[str, Any], modalities: Sequence[str]) -> None:
+        objectives, names = self.network.config.objectives, ", ".join(modalities)
+        if "steps" in given and all(objectives[name].commits for name in modalities):
+            raise OmniformError(f"steps does not apply to {names}, generated token by token: leave it out")
+        if "max_new_tokens" in given and all(self.engine.fixed_grids[name] for name in modalities):
+            raise OmniformError(f"max_new_tokens does not apply to {names}, of fixed size: leave it out")
 
     def _parse(self, prompt: object) -> tuple[ContentPart, ...]:
         parts = parse_prompt(prompt)
@@ -278,26 +326,43 @@ class Model:
         """Tokenise a request; `bounded`: a number of text tokens that does not fit is an error, not lowered."""
         context = [self._encode(part) for part in request.prompt]
         dropped = None if request.dropped is None else [self._encode(part) for part in request.dropped]
-        settings = self._fit(max(_n_rows(context), _n_rows(dropped or [])), request, bounded)
-        return Session(context, dropped, settings, request.seed, request.sample)
+        plan = Plan(
+            request.to.names,
+            self._fit(max(_n_rows(context), _n_rows(dropped or [])), request, bounded),
+            request.seed,
+            self.max_sequence_length,
+            request.sample,
+            request.to.max_parts,
+            None if request.edit is None else request.edit.tokens,
+            None if request.edit is None else request.edit.wanted,
+        )
+        return Session(context, dropped, plan)
 
-    def _fit(self, n_context: int, request: Request, bounded: bool) -> dict[str, SamplingSettings]:
+    def _fit(self, n_context: int, request: Request, bounded: bool) -> Mapping[str, SamplingSettings]:
         """Bound the text to be generated by the room that `n_context` rows of prompt leave."""
-        settings, grids = dict(request.settings), self.engine.fixed_grids
-        fixed = sum(1 + math.prod(grid) for name in request.to if (grid := grids[name]) is not None)
-        free = [name for name in request.to if grids[name] is None]
+        grids = self.engine.fixed_grids
+        # Where the model chooses, one part must fit; the session bounds the others by the room that is left.
+        shortest = min(self.modalities, key=lambda name: math.prod(grids[name] or (2,)))
+        names = request.to.names or (shortest,)
+        fixed = sum(1 + math.prod(grid) for name in names if (grid := grids[name]) is not None)
+        free = [name for name in names if grids[name] is None]
         room = self.max_sequence_length - n_context - fixed
         per_span = room // len(free) - 2 if free else 0  # a begin marker and an end each
-        wanted = max((settings[name].max_new_tokens for name in free), default=0)
+        wanted = max((request.settings[name].max_new_tokens for name in free), default=0)
         if room < 0 or (free and (per_span < 1 or (bounded and per_span < wanted))):
+            n_reply = fixed + len(free) * ((wanted if bounded else 1) + 2)
+            long = "reply" if n_reply > self.max_sequence_length else "prompt"
+            lower = " or lower max_new_tokens" if bounded and free else ""
             raise OmniformError(
-                f"prompt too long: it takes {n_context} of this model's {self.max_sequence_length} tokens, and the "
-                f"reply takes {fixed + len(free) * ((wanted if bounded else 1) + 2)} or more: shorten the prompt"
-                + (" or lower max_new_tokens" if bounded and free else "")
+                f"{long} too long: the prompt takes {n_context} of this model's {self.max_sequence_length} tokens, and "
+                f"the reply takes {n_reply} or more: "
+                + (f"ask for fewer parts{lower}" if long == "reply" else f"shorten the prompt{lower}")
             )
-        for name in free:
-            settings[name] = replace(settings[name], max_new_tokens=min(wanted, per_span))
-        return settings
+        bound = per_span if request.to.names else self.max_sequence_length
+        return {
+            name: replace(chosen, max_new_tokens=min(chosen.max_new_tokens, bound)) if grids[name] is None else chosen
+            for name, chosen in request.settings.items()
+        }
 
     def _encode(self, part: ContentPart) -> Part:
         tokenizer = self.tokenizers[part.modality]
@@ -306,6 +371,16 @@ class Model:
             item = tokenizer.from_pil(item)
         with torch.inference_mode():
             return Part(part.modality, tokenizer.encode(item), Role.CONTEXT)
+
+
+def _one_per_prompt(name: str, given: Any, n_prompts: int) -> Sequence[Any]:
+    found = given if isinstance(given, list | tuple) else [given] * n_prompts
+    if len(found) != n_prompts:
+        raise OmniformError(f"{len(found)} values of {name} for {n_prompts} prompts, expected one, or one per prompt")
+    for entry in found:
+        if not (isinstance(entry, Image.Image) or (name == "mask" and entry is None)):
+            raise OmniformError(f"{name} is a {type(entry).__name__}, expected a PIL image")
+    return found
 
 
 def _n_rows(parts: Sequence[Part]) -> int:

@@ -7,8 +7,10 @@ from typing import Any, ClassVar, Literal
 from PIL import Image
 
 from omniform.errors import OmniformError
+from omniform.inference.editing import Edit
 from omniform.modeling.generation_config import SamplingSettings
 
+ANY = "any"
 FinishReason = Literal["end", "length"]
 _ROLES = ("system", "user", "assistant")
 
@@ -132,19 +134,34 @@ class Request:
 
     Attributes:
         prompt: parts in order; none for an unconditional sample.
-        to: modality of each part to generate, in order.
-        settings: by modality of `to`.
+        to: the parts to generate.
+        settings: by modality that may be generated.
         dropped: what stands in the prompt's place where guidance drops the condition; None without guidance.
         seed: see `KeyedDraw`.
         sample: place among the samples that share the seed.
+        edit: the picture that is to be drawn anew in part; None for a new one.
     """
 
     prompt: tuple[ContentPart, ...]
-    to: tuple[str, ...]
+    to: "Targets"
     settings: Mapping[str, SamplingSettings]
     dropped: tuple[ContentPart, ...] | None
     seed: int
     sample: int = 0
+    edit: Edit | None = None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which parts a reply has.
+
+    Attributes:
+        names: modality of each part, in order; None where the model chooses.
+        max_parts: most parts, where the model chooses.
+    """
+
+    names: tuple[str, ...] | None
+    max_parts: int
 
 
 def parse_prompt(prompt: object) -> tuple[ContentPart, ...]:
@@ -192,16 +209,25 @@ def _parse_item(item: object) -> ContentPart:
     )
 
 
-def parse_targets(to: str | Sequence[str]) -> tuple[str, ...]:
-    """Turn what a user gives as `to` into modalities in order.
+def parse_targets(to: str | Sequence[str], max_parts: int | None = None) -> Targets:
+    """Turn what a user gives as `to` into the parts of the reply.
+
+    Args:
+        max_parts: most parts where `to` is ANY; 8 unless given.
 
     Raises:
-        OmniformError: neither a name nor a list of names, or an empty list.
+        OmniformError: neither a name nor a list of names, an empty list, or a `max_parts` that does not apply.
     """
     names = (to,) if isinstance(to, str) else tuple(to)
     if not names or not all(isinstance(name, str) for name in names):
         raise OmniformError(f"to is {to!r}, expected the name of a modality or an ordered list of names")
-    return names
+    if names == (ANY,):
+        if max_parts is not None and (isinstance(max_parts, bool) or not isinstance(max_parts, int) or max_parts < 1):
+            raise OmniformError(f"max_parts is {max_parts!r}, expected a number of parts, at least 1")
+        return Targets(None, max_parts or 8)
+    if max_parts is not None:
+        raise OmniformError(f'max_parts is {max_parts}, which is for to="{ANY}": a list names its parts already')
+    return Targets(names, len(names))
 
 
 def parse_seeds(seed: int | Sequence[int] | None, n_prompts: int, fresh: int) -> list[tuple[int, int]]:

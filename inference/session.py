@@ -1,17 +1,18 @@
 """One request being generated: its rows so far and its open span."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from omniform.inference.sampling import KeyedDraw, guide
 from omniform.modeling.generation_config import SamplingSettings
 from omniform.modeling.objectives.base import Objective, SpanState
-from omniform.modeling.sequence import MultimodalSequence, Part, Role
+from omniform.modeling.sequence import MultimodalSequence, Part, Role, document_length
 from omniform.tokenizers.base import Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
 
@@ -34,6 +35,17 @@ class Branch:
         self._layout = MultimodalSequence.build([*self.parts, target], vocabulary, objectives)
         # A committing objective forwards the begin marker itself: the first content is predicted from it.
         self._first_row = self._layout.spans[-1].start - int(objectives[target.modality].commits)
+
+    def unread(self, vocabulary: Vocabulary, objectives: Mapping[str, Objective]) -> MultimodalSequence | None:
+        """Return the rows of whole spans that the cache does not hold yet, while none is open; None without parts."""
+        if not self.parts:
+            return None
+        self._layout = MultimodalSequence.build(self.parts, vocabulary, objectives)
+        return self._rows(len(self._layout) - self.n_committed)
+
+    def n_rows(self, objectives: Mapping[str, Objective]) -> int:
+        """Return the number of rows of all parts so far."""
+        return document_length([(p.modality, len(p.tokens.codes), p.role) for p in self.parts], objectives)
 
     def pending(self) -> MultimodalSequence:
         """Return the final rows before the open span's own that the cache does not hold yet, whole spans together."""
@@ -68,50 +80,106 @@ class OpenSpan:
     state: SpanState
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a session generates, and how.
+
+    Attributes:
+        to: modality of each part, in order; None where the model chooses.
+        settings: by modality that may be generated.
+        seed: see `KeyedDraw`; so is `sample`.
+        max_rows: most rows of prompt and reply together.
+        max_parts: most parts where the model chooses.
+        kept: tokens of an item that the first part is an edit of; None for a new one.
+        wanted: which of those tokens are to be new.
+    """
+
+    to: tuple[str, ...] | None
+    settings: Mapping[str, SamplingSettings]
+    seed: int
+    max_rows: int
+    sample: int = 0
+    max_parts: int = 1
+    kept: Tokens | None = None
+    wanted: Bool[Tensor, "N"] | None = None
+
+
 class Session:
     """One request being generated.
 
     Args:
         context: the prompt's parts.
         dropped: what stands in their place in the copy that guidance reads; None without guidance.
-        settings: by modality to be generated.
-        seed, sample: see `KeyedDraw`.
+        plan: what is to be generated, and how.
 
     Attributes:
-        n_near_ties: of the spans that are closed; see `KeyedDraw`.
+        generated: tokens of the spans that are closed.
+        upcoming: modality of the span to open next; None while that is not chosen, and when the session is done.
+        done: nothing more is generated.
+        n_near_ties: of the choices so far, those of the open span left out; see `KeyedDraw`.
     """
 
-    def __init__(
-        self,
-        context: Sequence[Part],
-        dropped: Sequence[Part] | None,
-        settings: Mapping[str, SamplingSettings],
-        seed: int,
-        sample: int = 0,
-    ) -> None:
+    def __init__(self, context: Sequence[Part], dropped: Sequence[Part] | None, plan: "Plan") -> None:
         self.branches = [Branch(context)] + ([] if dropped is None else [Branch(dropped)])
+        self.plan = plan
         self.generated: list[Tokens] = []
         self.span: OpenSpan | None = None
+        self.upcoming = plan.to[0] if plan.to else None
+        self.done = False
         self.n_near_ties = 0
-        self._settings, self._seed, self._sample = settings, seed, sample
 
-    def open_span(
+    def choose(
         self,
-        modality: str,
-        grid: tuple[int, ...] | None,
+        logits: Float[Tensor, "W"],
+        fixed_grids: Mapping[str, tuple[int, ...] | None],
         vocabulary: Vocabulary,
         objectives: Mapping[str, Objective],
     ) -> None:
-        """Open the next span, of a fixed grid or of free length."""
-        settings, objective = self._settings[modality], objectives[modality]
+        """Choose which span comes next, or that none does, among those that the room that is left can hold whole.
+
+        Args:
+            logits: over `vocabulary.next_span_range`.
+        """
+        room = self._room(objectives)
+        needed = {name: 3 if grid is None else 1 + math.prod(grid) for name, grid in fixed_grids.items()}
+        ids = {vocabulary.begin(name): name for name, rows in needed.items() if rows <= room}
+        first_id = vocabulary.next_span_range.start
+        allowed = [*ids, *([vocabulary.end] if self.generated or not ids else [])]
+        barred = torch.ones_like(logits, dtype=torch.bool)
+        barred[torch.tensor(allowed) - first_id] = False
+        # The choice is a token like those of text; its noise takes the step before the span's first.
+        draw = KeyedDraw(self.plan.seed, self.plan.sample, len(self.generated), self.plan.settings["text"])
+        choice, _ = draw.tokens(logits.masked_fill(barred, -math.inf)[None], -1, torch.zeros(1, dtype=torch.int64))
+        self.n_near_ties += draw.n_near_ties
+        self.upcoming = ids.get(int(choice) + first_id)
+        self.done = self.upcoming is None
+
+    def open_span(
+        self, grid: tuple[int, ...] | None, vocabulary: Vocabulary, objectives: Mapping[str, Objective]
+    ) -> None:
+        """Open the upcoming span, of a fixed grid or of free length."""
+        assert self.upcoming is not None
+        modality, plan, self.upcoming = self.upcoming, self.plan, None
+        settings, objective = plan.settings[modality], objectives[modality]
+        if grid is None:  # a begin marker and an end take their rows
+            settings = dataclasses.replace(
+                settings, max_new_tokens=max(1, min(settings.max_new_tokens, self._room(objectives) - 2))
+            )
         shape = (settings.max_new_tokens,) if grid is None else grid
         codes = torch.zeros(shape, dtype=torch.int64).flatten()
         for branch in self.branches:
             branch.open(Part(modality, Tokens(codes, shape), Role.TARGET), vocabulary, objectives)
         number = len(self.generated)
-        draw = KeyedDraw(self._seed, self._sample, number, settings)
-        state = objective.begin(len(codes), settings.steps, vocabulary.mask)
+        draw = KeyedDraw(plan.seed, plan.sample, number, settings)
+        kept = None
+        if plan.kept is not None:
+            assert plan.wanted is not None
+            kept = vocabulary.to_ids(modality, plan.kept.codes).masked_fill(plan.wanted, vocabulary.mask)
+        state = objective.begin(len(codes), settings.steps, vocabulary.mask, kept)
         self.span = OpenSpan(modality, number, grid, objective, settings, draw, state)
+
+    def _room(self, objectives: Mapping[str, Objective]) -> int:
+        return self.plan.max_rows - max(branch.n_rows(objectives) for branch in self.branches)
 
     def advance(self, logits: Sequence[Float[Tensor, "R W"]], vocabulary: Vocabulary) -> OpenSpan:
         """Take one step of the open span, given the logits of each branch; close the span when it is done."""
@@ -137,3 +205,7 @@ class Session:
         for branch in self.branches:
             branch.parts.append(Part(span.modality, tokens, Role.CONTEXT))
         self.span = None
+        n_done, to = len(self.generated), self.plan.to
+        self.done = n_done == (self.plan.max_parts if to is None else len(to))
+        if to is not None and not self.done:
+            self.upcoming = to[n_done]

@@ -11,7 +11,7 @@ from strategies import CODEBOOK, TEXT_SIZE, image_part, text_part
 from omniform.inference.cache import KVCache
 from omniform.inference.engine import Engine
 from omniform.inference.sampling import KeyedDraw, guide
-from omniform.inference.session import Session
+from omniform.inference.session import Plan, Session
 from omniform.modeling.attention_pattern import AttentionPattern
 from omniform.modeling.generation_config import SamplingSettings
 from omniform.modeling.model import UnifiedModel
@@ -84,31 +84,39 @@ def reference_generate(
     return generated
 
 
-def run(engine: Engine, sessions: Sequence[Session], to: Sequence[str]) -> list[list[list[int]]]:
-    for _ in engine.run(sessions, to):
+def session(
+    context: Sequence[Part],
+    dropped: Sequence[Part] | None,
+    to: Sequence[str],
+    chosen: SamplingSettings,
+    seed: int = 0,
+) -> Session:
+    return Session(context, dropped, Plan(tuple(to), dict.fromkeys(to, chosen), seed, max_rows=1000))
+
+
+def run(engine: Engine, sessions: Sequence[Session]) -> list[list[list[int]]]:
+    for _ in engine.run(sessions):
         pass
     return [[tokens.codes.tolist() for tokens in session.generated] for session in sessions]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    prompts=st.lists(st.tuples(CONTEXTS, SETTINGS, st.integers(0, 2**63 - 1)), min_size=1, max_size=3),
-    to=TARGETS,
+    prompts=st.lists(st.tuples(CONTEXTS, TARGETS, SETTINGS, st.integers(0, 2**63 - 1)), min_size=1, max_size=3),
     earlier_role=st.sampled_from([Role.CONTEXT, Role.TARGET]),
 )
 def test_cached_batched_ids_equal_the_uncached_ones(
     model: UnifiedModel,
-    prompts: list[tuple[list[Part], SamplingSettings, int]],
-    to: list[str],
+    prompts: list[tuple[list[Part], list[str], SamplingSettings, int]],
     earlier_role: Role,
 ) -> None:
     sessions, expected = [], []
-    for context, chosen, seed in prompts:
+    for context, to, chosen, seed in prompts:
         dropped: list[Part] | None = [] if chosen.guidance_scale != 1 else None
-        sessions.append(Session(context, dropped, dict.fromkeys(to, chosen), seed))
+        sessions.append(session(context, dropped, to, chosen, seed))
         branches = [context] if dropped is None else [context, dropped]
         expected.append(reference_generate(model, branches, to, chosen, seed, earlier_role))
-    assert run(Engine(model, GRIDS), sessions, to) == expected
+    assert run(Engine(model, GRIDS), sessions) == expected
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -140,11 +148,11 @@ def test_incremental_forward_equals_the_full_one(model: UnifiedModel, parts: lis
 def test_a_span_is_committed_whole_and_only_when_something_follows(model: UnifiedModel) -> None:
     context, chosen = [text_part([1, 2], Role.CONTEXT)], SamplingSettings()
     prompt_rows, marker, image_rows = 4, 1, 4
-    alone = Session(context, None, {"image": chosen}, seed=0)
-    run(Engine(model, GRIDS), [alone], ["image"])
+    alone = session(context, None, ["image"], chosen)
+    run(Engine(model, GRIDS), [alone])
     assert alone.branches[0].n_committed == prompt_rows + marker
-    followed = Session(context, None, {"image": chosen}, seed=0)
-    run(Engine(model, GRIDS), [followed], ["image", "image"])
+    followed = session(context, None, ["image", "image"], chosen)
+    run(Engine(model, GRIDS), [followed])
     assert followed.branches[0].n_committed == prompt_rows + marker + image_rows + marker
 
 
@@ -152,7 +160,7 @@ def test_each_forward_pass_holds_whole_bidirectional_blocks(model: UnifiedModel)
     passes: list[torch.Tensor] = []
     model.decoder.register_forward_hook(lambda _module, args, _output: passes.append(args[1]))
     context = [image_part([1, 2, 3, 4], Role.CONTEXT), text_part([1], Role.CONTEXT)]
-    run(Engine(model, GRIDS), [Session(context, None, {"image": SamplingSettings(steps=2)}, seed=0)], ["image"])
+    run(Engine(model, GRIDS), [session(context, None, ["image"], SamplingSettings(steps=2))])
     prefill, *steps = [positions.shape[1] for positions in passes]
     assert prefill == (1 + 4) + (1 + 2) + 1
     assert steps == [4, 4]
@@ -160,10 +168,8 @@ def test_each_forward_pass_holds_whole_bidirectional_blocks(model: UnifiedModel)
 
 @pytest.mark.parametrize("seed", range(20))
 def test_only_ids_of_the_span_are_generated(model: UnifiedModel, seed: int) -> None:
-    session = Session(
-        [], None, {"text": SamplingSettings(max_new_tokens=9, temperature=3.0), "image": SamplingSettings()}, seed
-    )
-    [[text, image]] = run(Engine(model, GRIDS), [session], ["text", "image"])
+    chosen = SamplingSettings(max_new_tokens=9, temperature=3.0)
+    [[text, image]] = run(Engine(model, GRIDS), [session([], None, ["text", "image"], chosen, seed)])
     assert len(text) <= 9
     assert all(0 <= code < TEXT_SIZE for code in text)
     assert len(image) == 4

@@ -11,7 +11,7 @@ from PIL import Image
 from omniform.errors import OmniformError
 from omniform.inference.generate import Model
 from omniform.inference.protocol import Done, Event, ImagePart, PartDone, Reply, SpanProgress, TextDelta, TextPart
-from omniform.inference.session import Session
+from omniform.inference.session import Plan, Session
 from omniform.modeling.folder import LoadedModel
 from omniform.modeling.generation_config import SamplingSettings
 
@@ -136,7 +136,7 @@ def test_a_default_text_length_yields_to_the_room_left(omni: Model) -> None:
 @pytest.mark.parametrize(
     ("prompt", "keywords", "message"),
     [
-        ("x" * 80, {}, "prompt too long: it takes 82 of this model's 60 tokens"),
+        ("x" * 80, {}, "prompt too long: the prompt takes 82 of this model's 60 tokens"),
         ("x" * 80, {"to": "image"}, "prompt too long"),
         ("x" * 50, {"max_new_tokens": 30}, "prompt too long.*or lower max_new_tokens"),
         ("a", {"to": "speech"}, "modality 'speech' asked for, but this model has text, image"),
@@ -195,8 +195,8 @@ def test_text_logits_are_causal_and_of_the_text_ids(omni: Model) -> None:
 def test_text_logits_are_those_that_generation_reads(omni: Model) -> None:
     """Ids 0 to j of a greedy text give id j + 1."""
     greedy = SamplingSettings(temperature=0, max_new_tokens=10)
-    session = Session([], None, {"text": greedy}, seed=0)
-    for _ in omni.engine.run([session], ["text"]):
+    session = Session([], None, Plan(("text",), {"text": greedy}, seed=0, max_rows=60))
+    for _ in omni.engine.run([session]):
         pass
     codes = session.generated[0].codes
     assert len(codes) > 1

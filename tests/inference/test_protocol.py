@@ -8,6 +8,7 @@ from omniform.inference.protocol import (
     DataPart,
     ImagePart,
     Reply,
+    Targets,
     TextPart,
     parse_prompt,
     parse_seeds,
@@ -68,8 +69,13 @@ def test_other_prompts_are_refused(prompt: object, message: str) -> None:
 
 
 def test_targets() -> None:
-    assert parse_targets("image") == ("image",)
-    assert parse_targets(["text", "image", "text"]) == ("text", "image", "text")
+    assert parse_targets("image") == Targets(("image",), 1)
+    assert parse_targets(["text", "image", "text"]) == Targets(("text", "image", "text"), 3)
+    assert parse_targets("any") == Targets(None, 8)
+    assert parse_targets("any", 3) == Targets(None, 3)
+    for to, max_parts in (("any", 0), ("any", True), ("image", 2)):
+        with pytest.raises(OmniformError, match="max_parts is"):
+            parse_targets(to, max_parts)
     for wrong in ([], [3]):
         with pytest.raises(OmniformError, match="expected the name of a modality or an ordered list"):
             parse_targets(wrong)

@@ -1,0 +1,172 @@
+"""Pictures of which a part is drawn anew: which tokens that takes, and how the result becomes one picture again."""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, Self, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Bool
+from PIL import Image
+from torch import Tensor
+
+from omniform.errors import OmniformError
+from omniform.kernels.keyed_noise import keyed_permutation, stream
+from omniform.tokenizers.base import Modality, Tokens
+from omniform.tokenizers.image_files import plain_picture
+
+
+@runtime_checkable
+class FramedTokenizer(Protocol):
+    """What editing needs of an image tokenizer beside what every modality has."""
+
+    def from_pil(self, image: Image.Image) -> Tensor:
+        """Turn a picture into an item."""
+        ...
+
+    def frame(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Return (left, top, right, bottom), in pixels of a picture of `size`, of what an item shows of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One picture to be drawn anew in part.
+
+    Attributes:
+        picture: upright, 8 bits, grey or RGB.
+        mask: pixels to be drawn anew; None where `wanted` was not derived from pixels.
+        frame: the part of the picture that the tokens show, in its pixels.
+        tokens: of the whole frame. A codec may see further than a token's own cell, so those that are kept can know
+            something of what the mask hides: erase that part of the picture first if nothing may be known of it.
+        wanted: which tokens are to be new.
+    """
+
+    picture: Image.Image
+    mask: Bool[np.ndarray, "H W"] | None
+    frame: tuple[float, float, float, float]
+    tokens: Tokens
+    wanted: Bool[Tensor, "N"]
+
+    @classmethod
+    def masked(cls, image: Image.Image, mask: Image.Image | None, tokenizer: Modality) -> Self:
+        """Draw anew what a mask covers, and every token that touches it.
+
+        Args:
+            image: any picture that can be read.
+            mask: of the size of the upright picture; anything but black is drawn anew. None: what is transparent.
+
+        Raises:
+            OmniformError: no mask where nothing is transparent, a mask of another size, one that covers nothing, or
+                something that the tokenizer cannot see.
+        """
+        picture = _plain(image)
+        covered = _transparent(image) if mask is None else np.asarray(plain_picture(mask, "L")) > 0
+        if covered.shape != (picture.height, picture.width):
+            raise OmniformError(
+                f"the mask has {covered.shape[1]} x {covered.shape[0]} pixels, expected the picture's "
+                f"{picture.width} x {picture.height}"
+            )
+        if not covered.any():
+            raise OmniformError("the mask covers nothing: paint what is to be drawn anew white, the rest black")
+        frame, tokens = _encode(picture, tokenizer)
+        beyond = covered & ~_inside(frame, picture.size)
+        if beyond.any():
+            raise OmniformError(
+                f"the mask covers {int(beyond.sum())} pixels outside of the part that the model sees, which is "
+                f"{tuple(round(side, 1) for side in frame)} (left, top, right, bottom) of {picture.width} x "
+                f"{picture.height}: crop the picture to that shape, or mask less"
+            )
+        rows = _overlap(tokens.grid[0], frame[1], frame[3], picture.height)
+        columns = _overlap(tokens.grid[1], frame[0], frame[2], picture.width)
+        touched = torch.from_numpy((rows @ covered.astype(np.float32) @ columns.T) > 0)
+        return cls(picture, covered, frame, tokens, _over_depth(touched, tokens.grid))
+
+    @classmethod
+    def varied(cls, image: Image.Image, strength: float, seed: int, sample: int, tokenizer: Modality) -> Self:
+        """Draw anew a fraction `strength` of the tokens, chosen by seed and sample; the whole picture is new then.
+
+        Raises:
+            OmniformError: a strength that is not in (0, 1].
+        """
+        if not 0 < strength <= 1:
+            raise OmniformError(f"strength is {strength}, expected a fraction of the picture in (0, 1]")
+        picture = _plain(image)
+        frame, tokens = _encode(picture, tokenizer)
+        height, width = tokens.grid[:2]
+        places = keyed_permutation(height * width, seed, stream("edit/variation"), sample)
+        chosen = torch.zeros(height * width, dtype=torch.bool)
+        chosen[torch.from_numpy(places[: math.ceil(strength * height * width)])] = True
+        return cls(picture, None, frame, tokens, _over_depth(chosen.view(height, width), tokens.grid))
+
+    def compose(self, drawn: Image.Image) -> Image.Image:
+        """Return the picture with what was drawn in its frame; with a mask, all pixels outside of it as they were."""
+        left, top, right, bottom = (round(side) for side in self.frame)
+        patch = drawn.convert(self.picture.mode).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+        result = self.picture.copy()
+        result.paste(patch, (left, top))
+        return result if self.mask is None else Image.composite(result, self.picture, Image.fromarray(self.mask))
+
+
+def outpaint(
+    image: Image.Image, *, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
+) -> tuple[Image.Image, Image.Image]:
+    """Return a larger canvas with the picture in it, and the mask of the margins: an `image` and `mask` to generate.
+
+    The margins repeat the picture's edges until they are drawn.
+
+    Args:
+        left, top, right, bottom: pixels to add at each side.
+
+    Raises:
+        OmniformError: a negative margin, or none.
+    """
+    margins = (left, top, right, bottom)
+    if min(margins) < 0 or not any(margins):
+        raise OmniformError(f"margins are {margins}, expected pixels to add, at least one in all")
+    picture = _plain(image)
+    sides = ((top, bottom), (left, right))
+    levels = np.asarray(picture)
+    canvas = Image.fromarray(np.pad(levels, (*sides, (0, 0))[: levels.ndim], mode="edge"))
+    mask = np.pad(np.zeros((picture.height, picture.width), dtype=np.uint8), sides, constant_values=255)
+    return canvas, Image.fromarray(mask)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    grey = image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
+    return plain_picture(image, "L" if grey else "RGB")
+
+
+def _transparent(image: Image.Image) -> npt.NDArray[np.bool_]:
+    if not image.has_transparency_data:
+        raise OmniformError("the picture has nothing transparent to draw anew: give a mask, or a strength")
+    alpha = Image.merge("L", [image.convert("RGBA").getchannel("A")])
+    if "exif" in image.info:
+        alpha.info["exif"] = image.info["exif"]  # turned as the picture is
+    return np.asarray(plain_picture(alpha, "L")) == 0
+
+
+def _encode(picture: Image.Image, tokenizer: Modality) -> tuple[tuple[float, float, float, float], Tokens]:
+    if not isinstance(tokenizer, FramedTokenizer):
+        raise OmniformError(f"tokenizer {tokenizer.kind!r} cannot say which part of a picture it sees: edits need that")
+    with torch.inference_mode():
+        return tokenizer.frame(picture.size), tokenizer.encode(tokenizer.from_pil(picture))
+
+
+def _inside(frame: tuple[float, float, float, float], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Return which pixels touch the frame."""
+    (x, y), (left, top, right, bottom) = (np.arange(side) for side in size), frame
+    return ((y < bottom) & (y + 1 > top))[:, None] & ((x < right) & (x + 1 > left))[None, :]
+
+
+def _overlap(n_cells: int, first: float, last: float, n_pixels: int) -> npt.NDArray[np.float32]:
+    """Return (n_cells, n_pixels): 1 where a pixel lies at least in part in a cell of [first, last) in equal cells."""
+    edges = first + (last - first) * np.arange(n_cells + 1) / n_cells
+    pixels = np.arange(n_pixels)
+    return ((pixels[None, :] < edges[1:, None]) & (pixels[None, :] + 1 > edges[:-1, None])).astype(np.float32)
+
+
+def _over_depth(cells: Bool[Tensor, "h w"], grid: tuple[int, ...]) -> Bool[Tensor, "N"]:
+    """Return the cells' flags per token: a cell of several codes is drawn anew as a whole."""
+    return cells[(...,) + (None,) * (len(grid) - 2)].expand(grid).flatten()
