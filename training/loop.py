@@ -43,7 +43,8 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
         out: run folder, opened with `open_run_folder`.
         result: name of the folder in `out` that `task.save` writes, from the averaged weights where the run keeps them.
         preview: called on the first rank with a plain copy of the module, holding those weights, and the step, every
-            `log.samples_every` steps; what it draws from global random generators does not touch the run.
+            `log.samples_every` steps and after the last one; what it draws from global random generators does not
+            touch the run.
 
     Returns:
         The result's folder.
@@ -104,7 +105,8 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
                 )
                 engine.close()
                 raise SystemExit(128 + number)
-            if preview is not None and config.log.samples_every and step % config.log.samples_every == 0:
+            every = config.log.samples_every
+            if preview is not None and every and (step % every == 0 or step == config.steps):
                 _export(engine, replica)
                 if replica is not None:
                     state = random_state.capture()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 REPORT = "report.html"
-_N_PER_DIGIT = 6
+_N_PER_DIGIT = 2
 _LONGEST_TEXT = 80
 
 _STYLE = """
@@ -147,17 +147,22 @@ def _cells(metrics: Mapping[str, Any]) -> str:
 
 
 def _samples(samples: Mapping[str, Any]) -> str:
+    """Show the first replies to each digit, and all others folded away."""
     parts = ["<h2>Samples</h2>", '<p class="note">As they came, with the failures; none was chosen by hand.</p>']
     for name, entries in samples.items():
-        parts.append(f"<h3>{_arrow(name)}</h3>")
-        failures = []
+        first: list[Mapping[str, Any]] = []
+        others: list[Mapping[str, Any]] = []
         for digit in sorted({entry["digit"] for entry in entries}):
             own = [entry for entry in entries if entry["digit"] == digit]
-            parts.append(f'<div class="grid">{"".join(map(_sample, own[:_N_PER_DIGIT]))}</div>')
-            failures += [entry for entry in own[_N_PER_DIGIT:] if entry["judged"] != digit]
-        if failures:
-            parts.append(f"<h3>{_arrow(name)}: the other failures among the first {len(entries)}</h3>")
-            parts.append(f'<div class="grid">{"".join(map(_sample, failures))}</div>')
+            first += own[:_N_PER_DIGIT]
+            others += own[_N_PER_DIGIT:]
+        parts.append(f'<h3>{_arrow(name)}</h3><div class="grid">{"".join(map(_sample, first))}</div>')
+        if others:
+            n_wrong = sum(entry["judged"] != entry["digit"] for entry in others)
+            parts.append(
+                f"<details><summary>The other {len(others)} of the first {len(entries)}, {n_wrong} of them wrong"
+                f'</summary><div class="grid">{"".join(map(_sample, others))}</div></details>'
+            )
     return "".join(parts)
 
 

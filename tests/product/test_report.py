@@ -36,6 +36,9 @@ SAMPLES = {
     "text->image": [
         {"prompt": {"text": "a <b>three</b> & co"}, "reply": {"image": PIXEL}, "digit": 3, "judged": 3},
         {"prompt": {"text": "seven"}, "reply": {"image": PIXEL}, "digit": 7, "judged": 1},
+        {"prompt": {"text": "another three"}, "reply": {"image": PIXEL}, "digit": 3, "judged": 3},
+        {"prompt": {"text": "the third three"}, "reply": {"image": PIXEL}, "digit": 3, "judged": 5},
+        {"prompt": {"text": "the fourth three"}, "reply": {"image": PIXEL}, "digit": 3, "judged": 3},
     ],
     "image->text": [{"prompt": {"image": PIXEL}, "reply": {"text": ""}, "digit": 3, "judged": None}],
 }
@@ -94,6 +97,15 @@ def test_page_says_what_the_metrics_say(page: str) -> None:
     assert "a <b>three</b> & co" in parser.text  # escaped, not markup
     assert parser.text.count("wrong: judged 1") == 1
     assert "no digit named" in parser.text
+
+
+def test_samples_beyond_two_of_a_digit_are_folded_away_and_none_is_lost(page: str) -> None:
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.text.count("the third three") == 1
+    head, folded = page.split("<details>")
+    assert "the third three" not in head
+    assert "The other 2 of the first 5, 1 of them wrong" in folded
 
 
 def test_text_table_has_one_aligned_line_per_cell() -> None:
