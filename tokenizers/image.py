@@ -159,14 +159,17 @@ class ImageTokenizer(Modality):
         levels = ((item.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy())
 
-    def comparison(self, items: Sequence[Float[Tensor, "C H W"]], *, scale: int = 4) -> Image.Image:
-        """Return one picture: items in a row, and below each what its codes decode to, `scale` times enlarged."""
+    def comparison(self, items: Sequence[Float[Tensor, "C H W"]], *, scale: int = 4, columns: int = 8) -> Image.Image:
+        """Return one picture: rows of `columns` items, and below each what its codes decode to, `scale` times enlarged;
+        white where the last row is short."""
         size = self.config.image_size * scale
-        sheet = Image.new("L" if self.config.channels == 1 else "RGB", (len(items) * size, 2 * size))
-        for row, images in enumerate((items, self.decode_batch(self.encode_batch(items)))):
-            for column, image in enumerate(images):
+        grid = (min(columns, len(items)) * size, -(-len(items) // columns) * 2 * size)
+        sheet = Image.new("L" if self.config.channels == 1 else "RGB", grid, "white")
+        for below, images in enumerate((items, self.decode_batch(self.encode_batch(items)))):
+            for place, image in enumerate(images):
+                row, column = divmod(place, columns)
                 enlarged = self.to_pil(image).resize((size, size), Image.Resampling.NEAREST)
-                sheet.paste(enlarged, (column * size, row * size))
+                sheet.paste(enlarged, (column * size, (2 * row + below) * size))
         return sheet
 
     def save(self, folder: Path) -> None:

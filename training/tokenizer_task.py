@@ -5,9 +5,9 @@ import difflib
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from omniform.errors import OmniformError
 from omniform.kernels.keyed_noise import keyed_permutation, stream
 from omniform.modeling.config import STRICT, ConfigError, dump_config, parse_config
 from omniform.tokenizers.base import TokenizerError
+from omniform.tokenizers.codecs.adversarial import GENERATOR_TERMS, AdversarialCodec, PatchDiscriminator
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 from omniform.tokenizers.text import SentencePieceTokenizer
 from omniform.training.config import NAME, FitConfig
@@ -35,6 +36,25 @@ RESULT = "tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdversarialConfig:
+    """A discriminator beside the codec. It shares the codec's learning rate, betas and bound on the gradient's norm.
+
+    No pretrained network is used: the one perceptual term compares features of this discriminator.
+
+    Attributes:
+        widths: channels of the discriminator's layers, each of which halves the resolution.
+        weight: of the codec's hinge loss, beside a mean squared error of pixels in [-1, 1].
+        feature_weight: of the squared distance between discriminator features (arXiv:1512.09300).
+        start_step: the first step in which the codec heeds both; the discriminator learns from step 0.
+    """
+
+    widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (32, 64)
+    weight: float = Field(default=0.01, ge=0)
+    feature_weight: float = Field(default=0.01, ge=0)
+    start_step: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ImageTokenizerTrainConfig(FitConfig):
     """How to train an image tokenizer; a row is an image.
 
@@ -43,6 +63,7 @@ class ImageTokenizerTrainConfig(FitConfig):
         max_images: the first so many are held in memory, as bytes; a larger folder is learnt from in part.
         commitment_weight: beta of VQ-VAE (arXiv:1711.00937, equation 3); FSQ has no such term.
         entropy_weight: of the entropy penalty of LFQ (arXiv:2310.05737, section 3.1); the others have no such term.
+        adversarial: train against a discriminator, which is not stored with the tokenizer; null: on pixels alone.
     """
 
     kind: Literal["conv_vq"]
@@ -51,13 +72,33 @@ class ImageTokenizerTrainConfig(FitConfig):
     max_images: int = Field(default=200_000, ge=1)
     commitment_weight: float = Field(default=0.25, gt=0)
     entropy_weight: float = Field(default=0.1, gt=0)
+    adversarial: AdversarialConfig | None = None
 
     @model_validator(mode="after")
     def _check_precision(self) -> "ImageTokenizerTrainConfig":
-        if self.engine.precision == "bf16" and self.tokenizer.quantizer.kind == "vq_ema":
+        quantizer = self.tokenizer.quantizer
+        base = quantizer.base if quantizer.kind == "residual" else quantizer
+        if self.engine.precision == "bf16" and base.kind == "vq_ema":
             raise ValueError(
                 "engine.precision is bf16, in which the moving averages of a vq_ema codebook stand still: choose "
                 "bf16_autocast"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adversarial(self) -> "ImageTokenizerTrainConfig":
+        if self.adversarial is None:
+            return self
+        if self.engine.zero_stage == 3:
+            raise ValueError(
+                "engine.zero_stage is 3, which scatters the weights that an adversarial loss needs detached: choose "
+                "0, 1 or 2"
+            )
+        halvings = len(self.adversarial.widths)
+        if self.tokenizer.image_size < 2**halvings:
+            raise ValueError(
+                f"adversarial.widths halve the resolution {halvings} times, expected at most "
+                f"{self.tokenizer.image_size.bit_length() - 1} for images of {self.tokenizer.image_size} pixels"
             )
         return self
 
@@ -105,6 +146,15 @@ class ImageTokenizerTask:
             "reconstruction": 1.0,
             **{term: weights[term] for term in codec.quantizer.loss_terms},
         }
+        if config.adversarial is not None:
+            discriminator = PatchDiscriminator(config.tokenizer.channels, config.adversarial.widths)
+            self.module = AdversarialCodec(codec, discriminator)
+            self.term_weights = {
+                **self.term_weights,
+                "adversarial": config.adversarial.weight,
+                "features": config.adversarial.feature_weight,
+                "discriminator": 1.0,
+            }
         reader = ShardReader(config.data)
         self._images, self.n_unreadable = _read_images(reader, self.tokenizer, config.max_images)
         self._identity = {"data": reader.digest, "n_images": len(self._images)}
@@ -115,7 +165,7 @@ class ImageTokenizerTask:
         size = self.config.engine.micro_batch_rows
         first = step * self.config.rows_per_step
         places = [self._place(n) for n in range(first + rank, first + self.config.rows_per_step, world_size)]
-        return [self._micro_batch(places[i : i + size]) for i in range(0, len(places), size)]
+        return [self._micro_batch(step, places[i : i + size]) for i in range(0, len(places), size)]
 
     def position(self, step: int) -> dict[str, Any]:
         """Return which images are drawn from; which of them come next follows from the step alone."""
@@ -139,12 +189,15 @@ class ImageTokenizerTask:
         self._trained(module).comparison([_to_item(image) for image in self._images[:n]]).save(path)
 
     def _trained(self, module: nn.Module) -> ImageTokenizer:
-        self.tokenizer.codec.load_state_dict(module.state_dict())
+        codec = module.codec if isinstance(module, AdversarialCodec) else module
+        self.tokenizer.codec.load_state_dict(codec.state_dict())
         return self.tokenizer
 
-    def _micro_batch(self, places: list[int]) -> MicroBatch:
+    def _micro_batch(self, step: int, places: list[int]) -> MicroBatch:
         pixels = _to_item(self._images[torch.tensor(places)])
         counts = dict.fromkeys(self.term_weights, float(len(places)))
+        if self.config.adversarial is not None and step < self.config.adversarial.start_step:
+            counts |= dict.fromkeys(GENERATOR_TERMS, 0.0)  # absent
         return MicroBatch(pixels, counts, len(places) * math.prod(self.tokenizer.fixed_grid))
 
     def _place(self, n: int) -> int:
@@ -208,20 +261,31 @@ def _train_text(config: TextTokenizerTrainConfig, out: Path, *, fresh: bool) -> 
                 f"{out} holds a tokenizer of another configuration:\n" + "\n".join(changes) + "\n"
                 "Choose another --out, or replace that tokenizer with --fresh"
             )
-    tokenizer = SentencePieceTokenizer.train(_texts(config), vocab_size=config.vocab_size, algorithm=config.algorithm)
+    texts, n_unreadable = _read_texts(config)
+    if n_unreadable:
+        print(f"{n_unreadable} samples cannot be read and are left out", flush=True)
+    tokenizer = SentencePieceTokenizer.train(texts, vocab_size=config.vocab_size, algorithm=config.algorithm)
     record.write_text(text, encoding="utf-8")
     tokenizer.save(out / RESULT)
     return out / RESULT
 
 
-def _texts(config: TextTokenizerTrainConfig) -> Iterator[str]:
+def _read_texts(config: TextTokenizerTrainConfig) -> tuple[list[str], int]:
+    """Return the texts, and how many samples could not be read."""
+    texts: list[str] = []
+    n_unreadable = 0
     for folder in config.data:
-        for sample in ShardReader(folder):
-            yield from (span.text for span in sample.spans if span.text is not None)
+        reader = ShardReader(folder)
+        for place in range(len(reader)):
+            try:
+                texts += [span.text for span in reader[place].spans if span.text is not None]
+            except SampleError:
+                n_unreadable += 1
     if "python-topics" in config.corpora:
         from pydoc_data.topics import topics
 
-        yield from topics.values()
+        texts += topics.values()
+    return texts, n_unreadable
 
 
 def _read_images(

@@ -1,6 +1,7 @@
 """The image tokenizer: ranges, grids, determinism, and what it refuses."""
 
 import io
+import math
 import struct
 import subprocess
 import sys
@@ -17,10 +18,18 @@ from torch import Tensor
 
 from omniform.tokenizers.base import Discrete, TokenizerError, Tokens
 from omniform.tokenizers.codecs.fsq import FSQConfig
+from omniform.tokenizers.codecs.lfq import LFQConfig
+from omniform.tokenizers.codecs.residual import ResidualConfig
 from omniform.tokenizers.codecs.vq import VQEMAConfig
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 
-QUANTIZERS = {"fsq": FSQConfig(levels=(5, 4)), "vq_ema": VQEMAConfig(codebook_size=20, dim=4)}
+QUANTIZERS = {
+    "fsq": FSQConfig(levels=(5, 4)),
+    "lfq": LFQConfig(bits=4),
+    "vq_ema": VQEMAConfig(codebook_size=20, dim=4),
+    "residual fsq": ResidualConfig(depth=3, base=FSQConfig(levels=(5, 4))),
+    "residual vq_ema": ResidualConfig(depth=2, base=VQEMAConfig(codebook_size=20, dim=4)),
+}
 
 
 def build(kind: str = "fsq", channels: int = 1, **settings: object) -> ImageTokenizer:
@@ -29,7 +38,7 @@ def build(kind: str = "fsq", channels: int = 1, **settings: object) -> ImageToke
     sizes = {"image_size": 16, "patch_size": 2, "widths": (16, 24), **settings}
     config = ImageTokenizerConfig(channels=channels, quantizer=QUANTIZERS[kind], **sizes)
     codec = config.build()
-    if kind == "vq_ema":
+    if "vq_ema" in kind:
         codec(torch.rand(8, channels, 16, 16) * 2 - 1)  # the first batch initialises the codebook
     return ImageTokenizer(config, codec)
 
@@ -49,13 +58,16 @@ def png(image: Image.Image) -> bytes:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_codes_and_images_are_in_range_and_on_the_grid(kind: str, channels: int) -> None:
     tokenizer = build(kind, channels)
-    assert tokenizer.representation == Discrete(20)
+    quantizer = tokenizer.codec.quantizer
+    assert tokenizer.representation == Discrete(16 if kind == "lfq" else 20)
     tokens = tokenizer.encode_batch(images(5, channels))
-    assert all(entry.grid == tokenizer.fixed_grid == (4, 4) for entry in tokens)
+    grid = (4, 4) if quantizer.depth == 1 else (4, 4, quantizer.depth)
+    assert all(entry.grid == tokenizer.fixed_grid == grid for entry in tokens)
+    assert all(entry.codes.shape == (math.prod(grid),) for entry in tokens)
     codes = torch.cat([entry.codes for entry in tokens])
     assert codes.dtype == torch.int64
     assert codes.min() >= 0
-    assert codes.max() < 20
+    assert codes.max() < tokenizer.representation.vocab_size
     assert codes.unique().numel() > 1
     with torch.no_grad():
         tokenizer.codec.decoder[-2].weight.mul_(100)  # so that the clamp has something to do
@@ -132,7 +144,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
 def test_damaged_exif_is_an_error_of_that_image(file_format: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, file_format, exif=b"Exif\0\0junkjunkjunkjunk")
-    with pytest.raises(TokenizerError, match="not a whole PNG, .* image: not a TIFF file"):
+    with pytest.raises(TokenizerError, match=r"not a whole PNG, .* image: not a TIFF file"):
         build().read(file.getvalue())
 
 
@@ -140,7 +152,7 @@ def test_files_that_are_no_images_are_refused() -> None:
     tokenizer = build()
     whole = png(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)))
     for payload in (b"", b"GIF89a", whole[:50], b"BM" + whole):
-        with pytest.raises(TokenizerError, match="not a whole PNG, .* image"):
+        with pytest.raises(TokenizerError, match=r"not a whole PNG, .* image"):
             tokenizer.read(payload)
     for width, height in ((9000, 9000), (20_000, 20_000)):
         header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
@@ -172,12 +184,17 @@ def test_a_grid_that_does_not_divide_the_image_is_refused() -> None:
 
 def test_the_comparison_shows_items_above_what_their_codes_decode_to() -> None:
     tokenizer = build()
-    items = images(3)
-    sheet = np.asarray(tokenizer.comparison(items, scale=2))
-    assert sheet.shape == (64, 96)
-    assert np.array_equal(sheet[:32:2, 32:64:2], np.asarray(tokenizer.to_pil(items[1])))
+    items = images(5)
+    sheet = np.asarray(tokenizer.comparison(items, scale=2, columns=3))
+    assert sheet.shape == (2 * 2 * 32, 3 * 32)
     decoded = tokenizer.decode_batch(tokenizer.encode_batch(items))
-    assert np.array_equal(sheet[33::2, 65::2], np.asarray(tokenizer.to_pil(decoded[2])))
+    for place, (item, back) in enumerate(zip(items, decoded, strict=True)):
+        top, left = place // 3 * 64, place % 3 * 32
+        assert np.array_equal(sheet[top : top + 32 : 2, left : left + 32 : 2], np.asarray(tokenizer.to_pil(item)))
+        below = sheet[top + 33 : top + 64 : 2, left + 1 : left + 32 : 2]
+        assert np.array_equal(below, np.asarray(tokenizer.to_pil(back)))
+    assert (sheet[64:, 64:] == 255).all()
+    assert tokenizer.comparison(items).size == (5 * 64, 2 * 64)
 
 
 def test_diffusers_is_imported_only_for_a_codec() -> None:

@@ -107,6 +107,24 @@ def test_the_text_tokenizer_is_learnt_from_captions_and_a_corpus(world: Path, tm
     assert load_modality(folder).representation.vocab_size == 500
 
 
+def test_damaged_samples_are_counted_and_left_out(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = shutil.copytree(world / "validation", tmp_path / "damaged")
+    shard = damaged / "000000.tar"
+    content = bytearray(shard.read_bytes())
+    position = content.index(b'"text"')
+    content[position + 1] ^= 1  # in the JSON of one sample
+    shard.write_bytes(content)
+    overrides = [f"data=[{damaged}]", "vocab_size=600"]
+    folder = train_tokenizer(CONFIGS / "digits-text.yaml", overrides, tmp_path / "text")
+    assert "1 samples cannot be read and are left out" in capsys.readouterr().out
+    assert load_modality(folder).representation.vocab_size == 600
+    config = write(tmp_path / "tiny.yaml", {**image_config(world), "data": str(damaged), "steps": 1})
+    train_tokenizer(config, [], tmp_path / "image")
+    assert f"1 images of {damaged} cannot be read and are left out" in capsys.readouterr().out
+
+
 def test_configurations_that_cannot_be_used_are_refused(world: Path, tmp_path: Path) -> None:
     config = image_config(world)
     cases = [

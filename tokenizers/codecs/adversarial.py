@@ -1,0 +1,82 @@
+"""Training of a codec against a discriminator: sharper images, and a distance in features instead of pixels."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from omniform.tokenizers.codecs.codec import Codec
+
+GENERATOR_TERMS = ("adversarial", "features")
+
+
+class PatchDiscriminator(nn.Module):
+    """Images -> one score per patch: above 0 for real ones, below 0 for reconstructions.
+
+    Source: pix2pix (Isola et al. 2017), arXiv:1611.07004, section 3.2.2. Deviation: no norms, because those of a batch
+    would make the score of an image depend on the others and on how a step is divided.
+
+    Args:
+        channels: of an image.
+        widths: channels of each layer, which halves the resolution.
+    """
+
+    def __init__(self, channels: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Conv2d(before, after, 4, 2, 1) for before, after in pairwise((channels, *widths))
+        )
+        self.score = nn.Conv2d(widths[-1], 1, 3, padding=1)
+
+    def forward(self, pixels: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B c h w"]]:
+        """Return the features of every layer, and the scores (B, 1, h, w) as the last entry."""
+        features = []
+        for layer in self.layers:
+            pixels = F.leaky_relu(layer(pixels), 0.2)
+            features.append(pixels)
+        return [*features, self.score(pixels)]
+
+
+class AdversarialCodec(nn.Module):
+    """A codec and its discriminator as one module, whose loss terms one optimizer can add up and step on.
+
+    The codec's terms see the discriminator with its parameters detached, and the discriminator's term sees detached
+    reconstructions: each parameter gets the gradient of its own side alone, as if the two were trained in turns. Both
+    sides step at once, from the same state.
+
+    Source: hinge losses as in Geometric GAN (Lim and Ye 2017), arXiv:1705.02894; `features`, the squared distance of
+    discriminator features, from VAE/GAN (Larsen et al. 2015), arXiv:1512.09300, section 2.3, here the mean over layers
+    and beside the error of pixels, not instead of it.
+    """
+
+    def __init__(self, codec: Codec, discriminator: PatchDiscriminator) -> None:
+        super().__init__()
+        self.codec = codec
+        self.discriminator = discriminator
+
+    def forward(self, pixels: Float[Tensor, "B C H W"]) -> dict[str, Float[Tensor, ""]]:
+        """Return the codec's loss terms, then `adversarial`, `features` and `discriminator`; each summed over images.
+
+        The discriminator's is max(0, 1 - score) of images + max(0, 1 + score) of reconstructions.
+        """
+        reconstruction, losses = self.codec.reconstruct(pixels)
+        frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        *of_fake, score = torch.func.functional_call(self.discriminator, frozen, (reconstruction,))
+        with torch.no_grad():
+            *of_real, _ = self.discriminator(pixels)
+        distances = [_mean_per_image((a.float() - b.float()).square()) for a, b in zip(of_fake, of_real, strict=True)]
+        *_, scores = self.discriminator(torch.cat([pixels, reconstruction.detach()]))
+        real, fake = scores.float().chunk(2)
+        return {
+            **losses,
+            "adversarial": -_mean_per_image(score.float()).sum(),
+            "features": torch.stack(distances).mean(0).sum(),
+            "discriminator": (_mean_per_image(F.relu(1 - real)) + _mean_per_image(F.relu(1 + fake))).sum(),
+        }
+
+
+def _mean_per_image(values: Float[Tensor, "B c h w"]) -> Float[Tensor, "B"]:
+    return values.mean((1, 2, 3))
