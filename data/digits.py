@@ -18,14 +18,13 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from omniform.data.schema import DataError, RawSample, RawSpan
-from omniform.data.sealed import seal, unseal, write_atomically
+from omniform.data.sealed import unseal
 from omniform.data.shards import ShardWriter
-from omniform.data.templates import TEST_TEMPLATES, TRAIN_TEMPLATES, render
-from omniform.data.verify import MANIFEST, verify
+from omniform.data.templates import TEST_DOCUMENTS, TEST_TEMPLATES, TRAIN_DOCUMENTS, TRAIN_TEMPLATES, render
+from omniform.data.verify import MANIFEST, verify, write_manifest
 from omniform.kernels.keyed_noise import keyed_bits, keyed_permutation, keyed_uniform, stream
-from omniform.modeling.folder import file_digest
 
-VERSION = 1
+VERSION = 2
 IMAGE_SIZE = 16
 SPLIT_ROWS = {"train": range(1415), "validation": range(1415, 1545), "test": range(1545, 1797)}
 # First row of each block.
@@ -37,6 +36,8 @@ SOURCES = [
         "attribution": "E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, doi:10.24432/C50P49",
     }
 ]
+# Pictures of a document, and how many documents of each kind begin with an image: with each of its first copies.
+FEWEST_PICTURES, MOST_PICTURES, DOCUMENT_COPIES = 2, 4, 2
 # How far a training copy may be turned (degrees), enlarged or shrunk, and moved (pixels).
 MAX_ROTATION, MAX_SCALING, MAX_SHIFT = 10.0, 0.1, 1.0
 
@@ -44,7 +45,9 @@ MAX_ROTATION, MAX_SCALING, MAX_SHIFT = 10.0, 0.1, 1.0
 def build_digits(out: Path, seed: int = 0, copies: int = 16) -> Path:
     """Write digits-world to `out`; the same arguments give the same bytes. Nothing is left behind on an error.
 
-    Image-text samples in train/, validation/ and test/, pairs of captions of one digit in train-text/ and test-text/.
+    Image-text samples in train/, validation/ and test/, pairs of captions of one digit in train-text/ and test-text/,
+    and documents in train-documents/, validation-documents/ and test-documents/: texts and pictures in turns, two to
+    four of each, that count up or name what is shown. A document's pictures are those of its split.
     A training image appears `copies` times: once as it is, the others turned, scaled and moved a little, and each with
     the next of the templates.
     A world that is there already, complete and of the same recipe, is left as it is.
@@ -82,19 +85,15 @@ def build_digits(out: Path, seed: int = 0, copies: int = 16) -> Path:
         counts = {}
         for split in SPLIT_ROWS:
             counts[split] = _write(partial / split, _image_samples(images, labels, split, seed, copies))
+            documents = _document_samples(images, labels, split, seed, copies)
+            counts[f"{split}-documents"] = _write(partial / f"{split}-documents", documents)
         # Each test prompt stands once: an answer is right if it names the digit, in whatever words.
         for split, prompts, answers in (
             ("train", TRAIN_TEMPLATES, TRAIN_TEMPLATES),
             ("test", TEST_TEMPLATES, TRAIN_TEMPLATES[:1]),
         ):
             counts[f"{split}-text"] = _write(partial / f"{split}-text", _text_samples(prompts, answers))
-        paths = sorted(path for path in partial.rglob("*") if path.is_file())
-        files = [
-            {"path": p.relative_to(partial).as_posix(), "size": p.stat().st_size, "sha256": file_digest(p)}
-            for p in paths
-        ]
-        manifest = {**recipe, "samples": counts, "sources": SOURCES, "files": files}
-        write_atomically(partial / MANIFEST, seal(manifest))
+        write_manifest(partial, {**recipe, "samples": counts, "sources": SOURCES})
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -127,26 +126,64 @@ def _image_samples(
     for row in SPLIT_ROWS[split]:
         order = keyed_permutation(len(templates), seed, stream("digits/template"), row)
         for copy in range(copies if split == "train" else 1):
-            image, rotation, scale, shift = images[row], 0.0, 1.0, [0.0, 0.0]
-            if copy:
-                turn, size, *move = 2 * keyed_uniform(seed, stream("digits/warp"), row, copy, np.arange(4)) - 1
-                rotation, scale = round(MAX_ROTATION * float(turn), 3), round(1 + MAX_SCALING * float(size), 3)
-                shift = [round(MAX_SHIFT * float(pixels), 3) for pixels in move]
-                image = warped(image, rotation, scale, shift)
+            drawing, warp = _drawing(images, row, copy, seed)
             template = int(order[copy % len(templates)])
             metadata = {
                 "digit": int(labels[row]),
                 "row": row,
                 "copy": copy,
-                "rotation": rotation,
-                "scale": scale,
-                "shift": shift,
+                **warp,
                 "template": templates[template],
                 "writer_block": bisect.bisect_right(WRITER_BLOCKS, row) - 1,
             }
             caption = RawSpan("text", text=render(templates[template], int(labels[row])))
-            drawing = RawSpan("image", payload=_png(image), extension="png")
             yield RawSample(f"{row:04d}-{copy}", (caption, drawing), metadata)
+
+
+def _document_samples(
+    images: UInt8[np.ndarray, "R H W"], labels: npt.NDArray[np.int64], split: str, seed: int, copies: int
+) -> Iterator[RawSample]:
+    if split != "train":
+        copies = 1
+    rows_of = [[row for row in SPLIT_ROWS[split] if labels[row] == digit] for digit in range(10)]
+    for number, kind in enumerate(("counting", "naming")):
+        templates = [t for t in (TEST_DOCUMENTS if split == "test" else TRAIN_DOCUMENTS) if t.kind == kind]
+        step = 1 if kind == "counting" else 0
+        for row in SPLIT_ROWS[split]:
+            for copy in range(min(copies, DOCUMENT_COPIES)):
+                bits = keyed_bits(seed, stream("digits/document"), number, row, copy, np.arange(2 + 2 * MOST_PICTURES))
+                template = templates[int(bits[0] % len(templates))]
+                n_pictures = FEWEST_PICTURES + int(bits[1] % (MOST_PICTURES - FEWEST_PICTURES + 1))
+                digits = [(int(labels[row]) + step * place) % 10 for place in range(n_pictures)]
+                rows, chosen_copies, spans = [row], [copy], list[RawSpan]()
+                for digit, row_bits, copy_bits in zip(digits[1:], bits[2::2], bits[3::2], strict=False):
+                    rows.append(rows_of[digit][int(row_bits % len(rows_of[digit]))])
+                    chosen_copies.append(int(copy_bits % copies))
+                for place, (digit, its_row, its_copy) in enumerate(zip(digits, rows, chosen_copies, strict=True)):
+                    text = render(template.following if place else template.first, digit)
+                    spans += [RawSpan("text", text=text), _drawing(images, its_row, its_copy, seed)[0]]
+                metadata = {
+                    "kind": kind,
+                    "digits": digits,
+                    "rows": rows,
+                    "copies": chosen_copies,
+                    "templates": [template.first, template.following],
+                }
+                yield RawSample(f"{kind}-{row:04d}-{copy}", tuple(spans), metadata)
+
+
+def _drawing(
+    images: UInt8[np.ndarray, "R H W"], row: int, copy: int, seed: int
+) -> tuple[RawSpan, dict[str, float | list[float]]]:
+    """Return a copy of an image, 0 as it is, and how it differs."""
+    image, rotation, scale, shift = images[row], 0.0, 1.0, [0.0, 0.0]
+    if copy:
+        turn, size, *move = 2 * keyed_uniform(seed, stream("digits/warp"), row, copy, np.arange(4)) - 1
+        rotation, scale = round(MAX_ROTATION * float(turn), 3), round(1 + MAX_SCALING * float(size), 3)
+        shift = [round(MAX_SHIFT * float(pixels), 3) for pixels in move]
+        image = warped(image, rotation, scale, shift)
+    warp = {"rotation": rotation, "scale": scale, "shift": shift}
+    return RawSpan("image", payload=_png(image), extension="png"), warp
 
 
 def _text_samples(prompts: tuple[str, ...], answers: tuple[str, ...]) -> Iterator[RawSample]:

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from omniform.data.digits import build_digits, load_digit_images
 from omniform.data.schema import DataError
 from omniform.data.shards import ShardReader
-from omniform.data.templates import TEST_TEMPLATES, TRAIN_TEMPLATES, WORDS, render
+from omniform.data.templates import TEST_DOCUMENTS, TEST_TEMPLATES, TRAIN_DOCUMENTS, TRAIN_TEMPLATES, WORDS, render
 
 
 def pixels(payload: bytes | None) -> np.ndarray:
@@ -124,13 +124,49 @@ def test_text_pairs_name_one_digit_twice(world: Path) -> None:
             assert [span.text for span in sample.spans] == [render(prompt, digit), render(answer, digit)]
 
 
+def named(text: str | None) -> set[int]:
+    """Return the digits that a text names."""
+    words = re.findall(r"\w+", text or "")
+    return {WORDS.index(w) if w in WORDS else int(w) for w in words if w in WORDS or w.isdigit()}
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_documents_say_and_show_what_their_metadata_say_with_pictures_of_their_split(world: Path, split: str) -> None:
+    pictures = {
+        (s.metadata["row"], s.metadata["copy"]): (s.spans[1].payload, s.metadata["digit"])
+        for s in ShardReader(world / split)
+    }
+    templates = {(t.kind, t.first, t.following) for t in (TEST_DOCUMENTS if split == "test" else TRAIN_DOCUMENTS)}
+    documents = list(ShardReader(world / f"{split}-documents"))
+    for document in documents:
+        kind, digits, (first, following) = (document.metadata[key] for key in ("kind", "digits", "templates"))
+        assert (kind, first, following) in templates
+        assert [span.modality for span in document.spans] == ["text", "image"] * len(digits)
+        texts, shown = document.spans[::2], document.spans[1::2]
+        expected = [render(following if place else first, digit) for place, digit in enumerate(digits)]
+        assert [span.text for span in texts] == expected
+        assert [named(span.text) for span in texts[1:]] == [{digit} for digit in digits[1:]]
+        assert named(texts[0].text) == ({digits[0]} if kind == "counting" else set())
+        assert digits == [(digits[0] + place * (kind == "counting")) % 10 for place in range(len(digits))]
+        places = zip(document.metadata["rows"], document.metadata["copies"], strict=True)
+        assert [(span.payload, d) for span, d in zip(shown, digits, strict=True)] == [pictures[p] for p in places]
+    assert Counter(len(d.spans) // 2 for d in documents).keys() == {2, 3, 4}
+    begun = Counter((d.metadata["kind"], d.metadata["rows"][0]) for d in documents)
+    assert begun == dict.fromkeys(((k, r) for k in ("counting", "naming") for r, _ in pictures), 1 + (split == "train"))
+
+
+def test_documents_of_the_test_split_begin_and_go_on_in_words_of_their_own() -> None:
+    for texts in (lambda t: t.first, lambda t: t.following):
+        assert not {texts(t) for t in TRAIN_DOCUMENTS} & {texts(t) for t in TEST_DOCUMENTS}
+    known, used = (
+        {word for t in templates for word in f"{t.first} {t.following}".split()}
+        for templates in (TRAIN_DOCUMENTS, TEST_DOCUMENTS)
+    )
+    assert used <= known
+
+
 @pytest.mark.parametrize("template", TRAIN_TEMPLATES + TEST_TEMPLATES)
 def test_every_caption_names_its_digit_and_no_other(template: str) -> None:
     for digit in range(10):
-        named = {
-            WORDS.index(w) if w in WORDS else int(w)
-            for w in render(template, digit).split()
-            if w in WORDS or w.isdigit()
-        }
-        assert named == {digit}
+        assert named(render(template, digit)) == {digit}
     assert not re.search(r"\ba (eight|8)", render(template, 8))
