@@ -120,7 +120,7 @@ def parse_config(cls: type[ConfigT], text: str, overrides: Sequence[str] = (), s
 
     Args:
         cls: a pydantic dataclass.
-        overrides: "a.b=value" each, value read as YAML.
+        overrides: "a.b=value" each, value read as YAML; a number in the path is a place in a list, as in "a.0.b".
         source: what to call the text in errors, usually its path.
 
     Raises:
@@ -139,7 +139,20 @@ def parse_config(cls: type[ConfigT], text: str, overrides: Sequence[str] = (), s
         return TypeAdapter(cls).validate_python(content)
     except ValidationError as error:
         lines = "\n".join(f"  {line}" for line in _describe(error, cls))
-        raise ConfigError(f"{source} cannot be used:\n{lines}") from error
+        raise ConfigError(f"{_blamed(error, overrides, source)} cannot be used:\n{lines}") from error
+
+
+def _blamed(error: ValidationError, overrides: Sequence[str], source: str) -> str:
+    """Return what the errors are in: the overrides that they name, the text, or the text as overrides change it."""
+    places = [tuple(map(str, entry["loc"])) for entry in error.errors(include_url=False)]
+    keys = {override: tuple(override.partition("=")[0].split(".")) for override in overrides}
+    named = [o for o, key in keys.items() if any(place[: len(key)] == key for place in places)]
+    if not named:
+        # An error of a whole group, such as two keys that do not fit together, may be in either.
+        inside = [o for o, key in keys.items() if any(key[: len(place)] == place for place in places)]
+        return f"{source} with {' '.join(inside)}" if inside else source
+    elsewhere = any(all(place[: len(key)] != key for key in keys.values()) for place in places)
+    return f"{source} with {' '.join(named)}" if elsewhere else f"override {' '.join(named)}"
 
 
 def dump_config(config: object) -> str:
@@ -167,13 +180,17 @@ def _override(content: dict[str, Any], override: str) -> None:
     keys = path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"override {override!r} cannot be read, expected dotted.key=value, for example optim.lr=1e-3")
-    node = content
-    for depth, key in enumerate(keys[:-1]):
-        node = node.setdefault(key, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {path}: {'.'.join(keys[: depth + 1])} is a value, not a group of keys")
+    node: Any = content
+    for depth, key in enumerate(keys):
+        where = ".".join(keys[:depth])
+        if isinstance(node, list) and not (key.isdigit() and int(key) < len(node)):
+            raise ConfigError(f"override {path}: {where} has the entries 0 to {len(node) - 1}, not {key}")
+        if not isinstance(node, list | dict):
+            raise ConfigError(f"override {path}: {where} is a value, not a group of keys")
+        group, place = node, int(key) if isinstance(node, list) else key
+        node = node[place] if isinstance(node, list) else node.setdefault(place, {})
     try:
-        node[keys[-1]] = yaml.safe_load(text)
+        group[place] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {path}: {text!r} is not a YAML value: {error}") from error
 
@@ -202,6 +219,8 @@ def _describe(error: ValidationError, cls: type) -> list[str]:
 def _fields_at(cls: Any, path: Sequence[int | str]) -> list[str]:
     """Return the field names of the dataclass at `path` below `cls`, as far as plain annotations tell."""
     for key in path:
+        if isinstance(key, int):  # a place in a list, whose entries `cls` is
+            continue
         found = (
             {f.name: f.type for f in dataclasses.fields(cls)}.get(str(key)) if dataclasses.is_dataclass(cls) else None
         )

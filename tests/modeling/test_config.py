@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +27,18 @@ def test_precedence_is_python_then_yaml_then_override() -> None:
     assert parse_config(ModelConfig, MINIMAL + "z_loss: 1e-4").z_loss == 1e-4
     config = parse_config(ModelConfig, MINIMAL + "z_loss: 1e-4", ["z_loss=1e-5", "decoder.n_layers=2"])
     assert (config.z_loss, config.decoder.n_layers) == (1e-5, 2)
+
+
+def test_an_override_reaches_into_lists() -> None:
+    @dataclass(frozen=True)
+    class Lists:
+        pairs: list[dict[str, int]]
+
+    found = parse_config(Lists, "pairs: [{a: 1}, {a: 2, b: 3}]", ["pairs.1.a=5", "pairs.0.b=7"])
+    assert found.pairs == [{"a": 1, "b": 7}, {"a": 5, "b": 3}]
+    for place in ("2", "-1", "x"):
+        with pytest.raises(ConfigError, match=f"pairs has the entries 0 to 1, not {place}"):
+            parse_config(Lists, "pairs: [{a: 1}, {}]", [f"pairs.{place}.a=5"])
 
 
 @pytest.mark.parametrize(
@@ -57,3 +71,21 @@ def test_precedence_is_python_then_yaml_then_override() -> None:
 def test_a_bad_config_names_the_key_and_what_was_expected(text: str, overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         parse_config(ModelConfig, text, overrides, "model.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "blamed"),
+    [
+        (MINIMAL + "z_loss: -1", [], "model.yaml"),
+        (MINIMAL + "z_loss: -1", ["decoder.dim=24"], "model.yaml"),
+        (MINIMAL, ["z_loss=-1", "decoder.dim=24"], "override z_loss=-1"),
+        (MINIMAL, ["decoder.n_layer=1", "z_loss=-1"], "override decoder.n_layer=1 z_loss=-1"),
+        (MINIMAL, ["decoder={n_layer: 1}"], "override decoder={n_layer: 1}"),
+        (MINIMAL + "decoder: {dim: 0}", ["z_loss=-1"], "model.yaml with z_loss=-1"),
+        (MINIMAL, ["decoder.n_kv_heads=4", "z_loss=0"], "model.yaml with decoder.n_kv_heads=4"),
+    ],
+)
+def test_an_error_blames_the_file_or_the_override_that_it_is_in(text: str, overrides: list[str], blamed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(ModelConfig, text, overrides, "model.yaml")
+    assert str(caught.value).partition(" cannot be used")[0] == blamed
