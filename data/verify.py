@@ -7,7 +7,7 @@ from typing import Any
 
 from omniform.data.index import SampleRecord, ShardIndex, index_path, index_shard, read_index, shard_folders
 from omniform.data.schema import DataError, SampleError
-from omniform.data.sealed import unseal
+from omniform.data.sealed import seal, unseal, write_atomically
 from omniform.data.shards import read_sample
 from omniform.modeling.folder import file_digest
 from omniform.tokenizers.base import TokenizerError
@@ -72,6 +72,13 @@ def verify(folder: Path, index_dir: Path | None = None) -> Report:
             problems = list(_shard_problems(shard, indexes, report, seen))
             report.problems += [Problem(_name(folder, shard), sample, message) for sample, message in problems]
     return report
+
+
+def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+    """Write a sealed manifest: what `about` says, and the size and digest of every file below `folder`."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [{"path": _name(folder, p), "size": p.stat().st_size, "sha256": file_digest(p)} for p in paths]
+    write_atomically(folder / MANIFEST, seal({**about, "files": files}))
 
 
 def _name(folder: Path, path: Path) -> str:

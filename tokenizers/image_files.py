@@ -54,12 +54,14 @@ class ImageHeader:
     Attributes:
         file_format: one of FORMATS.
         width: pixels, of the upright picture; so is `height`.
+        grey: whether it has no colours; transparency does not count.
         animated: whether it holds more than one picture; the first is the one that is read.
     """
 
     file_format: str
     width: int
     height: int
+    grey: bool
     animated: bool
 
 
@@ -74,7 +76,8 @@ def read_header(payload: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
         if image.format != "TIFF" and _orientation(image) >= 5:  # Pillow gives a TIFF the size of its upright picture
             width, height = height, width
         file_format = {"MPO": "JPEG"}.get(image.format or "", image.format or "")
-        return ImageHeader(file_format, width, height, bool(getattr(image, "is_animated", False)))
+        grey = image.mode[0] in "1LIF" and image.mode != "LAB"
+        return ImageHeader(file_format, width, height, grey, bool(getattr(image, "is_animated", False)))
 
 
 def read_picture(payload: bytes, mode: Mode, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -86,6 +89,17 @@ def read_picture(payload: bytes, mode: Mode, max_pixels: int = MAX_PIXELS) -> Im
     """
     with _opened(payload, max_pixels) as image:
         return plain_picture(image, mode)
+
+
+def open_picture(payload: bytes) -> Image.Image:
+    """Decode the first picture of an image file in the mode that it is stored in, transparency and all.
+
+    Raises:
+        ImageFileError: as `read_picture`.
+    """
+    with _opened(payload, MAX_PIXELS) as image:
+        image.load()
+        return image
 
 
 def plain_picture(image: Image.Image, mode: Mode) -> Image.Image:
@@ -129,6 +143,25 @@ def fit_picture(picture: Image.Image, size: tuple[int, int], fit: Fit, backgroun
     whole = picture.resize((width, height), Image.Resampling.BICUBIC)
     canvas.paste(whole, ((size[0] - width) // 2, (size[1] - height) // 2))
     return canvas
+
+
+def fitted_frame(picture_size: tuple[int, int], size: tuple[int, int], fit: Fit) -> tuple[float, float, float, float]:
+    """Return (left, top, right, bottom), in pixels of the picture, of what `fit_picture` shows; "pad" shows more than
+    there is."""
+    width, height = picture_size
+    if fit == "stretch" or picture_size == size:
+        return (0.0, 0.0, float(width), float(height))
+    if fit == "crop":
+        scale = min(width / size[0], height / size[1])
+        shown = (scale * size[0], scale * size[1])
+    else:
+        scale = min(size[0] / width, size[1] / height)
+        inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+        margins = ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2)
+        left, top = -margins[0] * width / inner[0], -margins[1] * height / inner[1]
+        return (left, top, left + size[0] * width / inner[0], top + size[1] * height / inner[1])
+    left, top = (width - shown[0]) / 2, (height - shown[1]) / 2
+    return (left, top, left + shown[0], top + shown[1])
 
 
 @contextmanager

@@ -264,6 +264,64 @@ def data_index(
         print(path)
 
 
+@data_app.command("from-folder")
+def data_from_folder(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of images with captions, and its folders.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: train/, validation/ and report.json.")],
+    caption_from: Annotated[
+        Literal["files", "metadata", "folder"] | None,
+        typer.Option(
+            help="files: NAME.txt or NAME.json beside each image; metadata: metadata.csv or .jsonl at the top; folder: "
+            "the name of the folder it is in. (default: metadata if there is such a table, else files)"
+        ),
+    ] = None,
+    caption_key: Annotated[
+        str | None, typer.Option(help="Key or column of the caption. (default: caption, or else text)")
+    ] = None,
+    captionless: Annotated[Literal["skip", "keep"], typer.Option(help="Images that have no caption.")] = "skip",
+    validation: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the images to hold back, by a keyed hash of their paths.")
+    ] = 0.0,
+    seed: Seed = 0,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images in one .tar.")] = 2048,
+    max_pixels: Annotated[int, typer.Option(min=1, max=2**26, help="Leave larger images out.")] = 2**26,
+    min_size: Annotated[int, typer.Option(min=1, help="Leave out images whose shorter side has fewer pixels.")] = 1,
+    max_aspect_ratio: Annotated[
+        float | None,
+        typer.Option(min=1, help="Leave out images whose longer side is more than this times the shorter."),
+    ] = None,
+    resize: Annotated[
+        int | None, typer.Option(min=1, help="Make larger images smaller, to this shorter side. (default: as they are)")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first file that cannot be used.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a folder of captioned images into shards to train on, and say what was left out and why.
+
+    omniform data from-folder photos --out runs/photos/data --validation 0.05
+    """
+    from omniform.data.from_folder import FolderOptions, from_folder
+
+    options = FolderOptions(
+        caption_from=caption_from,
+        caption_key=caption_key,
+        captionless=captionless,
+        validation=validation,
+        seed=seed,
+        samples_per_shard=samples_per_shard,
+        max_pixels=max_pixels,
+        min_size=min_size,
+        max_aspect_ratio=max_aspect_ratio,
+        resize=resize,
+        strict=strict,
+    )
+    report = from_folder(folder, out, options)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        print(_harmless(str(report)))
+
+
 @tokenizer_app.command("train")
 def tokenizer_train(config: Config, overrides: Overrides = None, out: RunDir = None, fresh: Fresh = False) -> None:
     """Fit the tokenizer of one modality; the same command continues a run that was stopped."""
