@@ -10,8 +10,10 @@ from typing import Any
 from PIL import Image
 
 from omniform.errors import OmniformError
+from omniform.inference.editing import outpaint
 from omniform.inference.generate import Model, load
 from omniform.inference.protocol import ContentPart, DataPart, ImagePart, TextPart, parse_prompt
+from omniform.tokenizers.image_files import open_picture
 
 _MODALITY_OF_MEDIA = {"text": "text", "image": "image", "audio": "speech", "video": "video"}
 
@@ -43,6 +45,10 @@ def generate_files(
     out: Path | None = None,
     seed: int | None = None,
     n: int = 1,
+    *,
+    image: Path | None = None,
+    mask: Path | None = None,
+    margins: Sequence[int] | None = None,
     **keywords: Any,
 ) -> list[Output]:
     """Generate, writing pictures to files, and text too if nothing else was asked for and `out` is given.
@@ -53,6 +59,9 @@ def generate_files(
         out: file to write; with several files a number is put before its suffix. Pictures go to omniform-SEED.png in
             the current folder unless given.
         n: number of samples.
+        image: file of a picture to draw anew in part.
+        mask: file of the mask; see `Model`.
+        margins: pixels to add at the left, top, right and bottom of `image` and to draw, instead of a mask.
 
     Raises:
         OmniformError: a part, file or keyword that cannot be used; checked before anything is generated.
@@ -64,7 +73,8 @@ def generate_files(
     if isinstance(model, Path):
         model = load(model)
     parts = [read_argument(argument, model) for argument in prompt]
-    replies = model.generate_batch([parts] * n, to, seed=seed, **keywords)
+    edit = _read_edit(image, mask, margins)
+    replies = model.generate_batch([parts] * n, to, seed=seed, **edit, **keywords)
     found = [(sample, part) for sample, reply in enumerate(replies) for part in reply.parts]
     to_files = [place for place, (_, part) in enumerate(found) if not isinstance(part, TextPart)]
     if not to_files and out is not None:
@@ -110,6 +120,30 @@ def read_argument(argument: str, model: Model) -> ContentPart:
         return parse_prompt(item if modality == "text" else DataPart(modality, item))[0]
     except OmniformError as error:
         raise OmniformError(f"{argument}: {error}") from error
+
+
+def _read_edit(image: Path | None, mask: Path | None, margins: Sequence[int] | None) -> dict[str, Any]:
+    """Return the pictures among the keywords of `generate`."""
+    found = {
+        name: _read_picture(f"--{name}", path) for name, path in (("image", image), ("mask", mask)) if path is not None
+    }
+    if margins is None:
+        return found
+    if "image" not in found or "mask" in found:
+        raise OmniformError("--outpaint adds margins to a picture and masks them: give --image, and no --mask")
+    canvas, margin_mask = outpaint(
+        found["image"], **dict(zip(("left", "top", "right", "bottom"), margins, strict=True))
+    )
+    return {"image": canvas, "mask": margin_mask}
+
+
+def _read_picture(option: str, path: Path) -> Image.Image:
+    try:
+        return open_picture(path.read_bytes())
+    except OSError as error:
+        raise OmniformError(f"{option} {path}: {error.strerror}; expected a picture file") from error
+    except OmniformError as error:
+        raise OmniformError(f"{option} {path}: {error}") from error
 
 
 def _check_destination(out: Path, to: Sequence[str]) -> None:

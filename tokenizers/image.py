@@ -19,7 +19,14 @@ from omniform.tokenizers.base import Discrete, Modality, TokenizerError, Tokens
 from omniform.tokenizers.codecs.fsq import FSQConfig
 from omniform.tokenizers.codecs.quantizers import QuantizerConfig
 from omniform.tokenizers.folder import read_tokenizer_folder, write_tokenizer_folder
-from omniform.tokenizers.image_files import Fit, Mode, fit_picture, plain_picture, read_picture
+from omniform.tokenizers.image_files import (
+    Fit,
+    Mode,
+    fit_picture,
+    fitted_frame,
+    plain_picture,
+    read_picture,
+)
 
 if TYPE_CHECKING:
     from omniform.tokenizers.codecs.codec import Codec
@@ -143,6 +150,10 @@ class ImageTokenizer(Modality):
             TokenizerError: it cannot be decoded, or is above the bounds of `image_files`.
         """
         return self._fitted(plain_picture(image, self._mode))
+
+    def frame(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Return (left, top, right, bottom), in pixels of a picture of `size`, of what an item shows of it."""
+        return fitted_frame(size, (self.config.image_size, self.config.image_size), self.config.fit)
 
     @property
     def _mode(self) -> Mode:

@@ -1,15 +1,18 @@
 """The `omniform` command. Each body imports what it calls, so that `omniform --help` never waits for torch."""
 
+import hashlib
 import json
+import os
 import sys
 import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+import typer.core
 
 from omniform import __version__
-from omniform.errors import OmniformError
+from omniform.errors import COMPLAINTS_VARIABLE, OmniformError
 
 HELP = """One decoder transformer for every modality: tokenizers, training, generation and evaluation.
 
@@ -18,7 +21,20 @@ New here? `omniform demo` trains a small model on handwritten digits from scratc
 # What each extra of pyproject.toml brings, for the message when it is not installed.
 EXTRAS = {"sklearn": "demo", "transformers": "interop"}
 
+
+class _Commands(typer.core.TyperGroup):
+    """Answers Ctrl-C with one line, wherever it comes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _complain("interrupted")
+            sys.exit(130)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help=HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -50,19 +66,30 @@ def main() -> None:
     try:
         app(prog_name="omniform")
     except OmniformError as error:
-        print(f"omniform: {_harmless(str(error))}", file=sys.stderr)
+        _complain(str(error))
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"omniform: {_harmless(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        _complain(f"{error.filename}: {error.strerror}")
         sys.exit(2)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        print(f"omniform: this needs the {extra!r} extra: pip install 'omniform[{extra}]'", file=sys.stderr)
+        _complain(f"this needs the {extra!r} extra: pip install 'omniform[{extra}]'")
         sys.exit(2)
+
+
+def _complain(message: str) -> None:
+    """Print a message on standard error; of the processes of one launch, only the first that has it to say does."""
+    folder = Path(os.environ.get(COMPLAINTS_VARIABLE, ""))
+    if folder.name and folder.is_dir():
+        try:
+            (folder / hashlib.sha256(message.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return
+    print(f"omniform: {_harmless(message)}", file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:
@@ -102,10 +129,14 @@ def demo(
 def generate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, e.g. runs/demo/model.")],
     prompt: Annotated[
-        list[str], typer.Argument(metavar="PROMPT", help="Parts in order: text, or @file; @@ for a literal @.")
-    ],
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Parts in order: text, or @file; @@ for a literal @.")
+    ] = None,
     to: Annotated[
-        list[str] | None, typer.Option(help="Modality to generate: text, image. Repeat it for several. (default: text)")
+        list[str] | None,
+        typer.Option(
+            help="Modality to generate: text, image. Repeat it for several; any: the model chooses. (default: text, or "
+            "image with --image)"
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File for the result; several get numbers.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same result. (default: a new one each time)")] = None,
@@ -117,13 +148,26 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
     steps: Annotated[int | None, typer.Option(help="Refinement steps of a picture.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest text, in tokens.")] = None,
+    max_parts: Annotated[int | None, typer.Option(help="Most parts of a reply to --to any. (default: 8)")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to draw anew in part.")] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="What of it: a picture of its size, black where it stays. (default: transparent)"),
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="Instead of a mask: fraction to vary, in (0, 1].")] = None,
+    outpaint: Annotated[
+        tuple[int, int, int, int] | None,
+        typer.Option(metavar="LEFT TOP RIGHT BOTTOM", help="Instead of a mask: pixels to add at each side."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Generate text or pictures from text, pictures, or both.
+    """Generate text or pictures from text, pictures, or both; or draw a part of a picture anew.
 
     omniform generate runs/demo/model "a handwritten seven" --to image --out seven.png
 
     omniform generate runs/demo/model @seven.png --to text
+
+    omniform generate runs/demo/model "a one" --image seven.png --mask left-half.png --out one.png
     """
     from omniform.inference.command import generate_files
 
@@ -135,9 +179,14 @@ def generate(
         "negative_prompt": negative_prompt,
         "steps": steps,
         "max_new_tokens": max_new_tokens,
+        "max_parts": max_parts,
+        "strength": strength,
     }
     keywords = {key: value for key, value in given.items() if value is not None}
-    outputs = generate_files(model, prompt, to or ["text"], out, seed, n, **keywords)
+    to = to or ["text" if image is None else "image"]
+    outputs = generate_files(
+        model, prompt or [], to, out, seed, n, image=image, mask=mask, margins=outpaint, **keywords
+    )
     if as_json:
         _print_json([vars(output) for output in outputs])
         return

@@ -61,6 +61,9 @@ class GrayLevels(Modality):
     def from_pil(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(np.asarray(image.convert("L").resize((2, 2)), dtype=np.float32) / 127.5 - 1)[None]
 
+    def frame(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        return (0.0, 0.0, float(size[0]), float(size[1]))
+
     def to_pil(self, item: Tensor) -> Image.Image:
         return Image.fromarray(((item[0] + 1) * 127.5).round().byte().numpy())
 
@@ -90,7 +93,8 @@ def omni() -> Model:
     """Text and pictures; at most 60 rows."""
     tokenizers = {"text": ByteText(), "image": GrayLevels()}
     decoder = DecoderConfig(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=32)
-    config = ModelConfig(decoder=decoder, objectives={"text": NextToken(), "image": Masked(steps=3)})
+    objectives = {"text": NextToken(), "image": Masked(steps=3)}
+    config = ModelConfig(decoder=decoder, objectives=objectives, next_span_weight=0.1)
     torch.manual_seed(0)
     network = UnifiedModel(config, build_vocabulary(tokenizers))
     with torch.no_grad():
