@@ -34,7 +34,7 @@ def test_thousands_of_draws_from_random_weights_are_all_well_formed(omni: Model)
             [("text", "long enough to leave little room for more")],
         )
     ]
-    plans = [Plan(None, dict.fromkeys(omni.modalities, chosen), seed, 60, max_parts=7) for seed in range(1000)]
+    plans = [Plan(None, dict.fromkeys(omni.modalities, chosen), seed, 60, max_parts=7) for seed in range(1100)]
     sessions = [Session(contexts[place % 4], None, plan) for place, plan in enumerate(plans)]
     for _ in omni.engine.run(sessions):
         pass
