@@ -63,6 +63,63 @@ def test_interrupted_run_ends_bit_identical(toy: ModuleType, tmp_path: Path, sta
     assert [entry["step"] for entry in timeless[0]] == [2, 4, 6]
 
 
+STAGED = FAST | {
+    "stages": [
+        {"name": "first", "steps": 3, "learning_rate": {"lr": 0.05, "schedule": "constant", "warmup_steps": 2}},
+        {"name": "second", "loss_weights": {"label": 2.0}},
+    ],
+}
+
+
+@pytest.mark.parametrize(("stage", "crash"), [(0, 3), (1, 3), (2, 2), (2, 3), (2, 4), (3, 3)])
+def test_a_run_of_stages_interrupted_before_at_or_after_the_hand_off_ends_bit_identical(
+    toy: ModuleType, tmp_path: Path, stage: int, crash: int
+) -> None:
+    settings = STAGED | {"engine": {"zero_stage": stage, "micro_batch_rows": 4}, "toy": {"dropout": 0.3}}
+    settings |= {"log": {"every": 2, "samples_every": 1}, "checkpoint": {"every": 1}}
+    toy.run_toy(tmp_path / "never", **settings)
+    with pytest.raises(Interrupted):
+        toy.run_toy(tmp_path / "stopped", preview=interrupt_at(crash), **settings)
+    task = toy.run_toy(tmp_path / "stopped", **settings)
+    assert task.restored == {"step": crash}
+    assert final(tmp_path / "stopped") == final(tmp_path / "never")
+
+
+def test_stages_that_change_nothing_change_no_bit(toy: ModuleType, tmp_path: Path) -> None:
+    toy.run_toy(tmp_path / "plain", **FAST)
+    stages = [{"name": "a", "steps": 1}, {"name": "b", "steps": 3}, {"name": "c"}]
+    toy.run_toy(tmp_path / "staged", **FAST, stages=stages)
+    assert final(tmp_path / "staged") == final(tmp_path / "plain")
+    assert [(entry["step"], entry["stage"]) for entry in log(tmp_path / "staged")] == [
+        *((1, "a"), (2, "b"), (4, "b"), (6, "c"))
+    ]
+    assert not any("stage" in entry for entry in log(tmp_path / "plain"))
+
+
+def test_weights_and_average_go_on_where_the_stage_before_left_them(toy: ModuleType, tmp_path: Path) -> None:
+    whole = STAGED | {"checkpoint": {"every": 3}}
+    toy.run_toy(tmp_path / "whole", **whole)
+    # The first stage alone is a run of three steps with its schedule.
+    alone = FAST | {"steps": 3, "optim": {**STAGED["stages"][0]["learning_rate"], "ema_decay": 0.8}}
+    toy.run_toy(tmp_path / "alone", **alone)
+    for name in ("weights", "ema", "optimizer"):
+        file = Path("checkpoints", "step-3", f"{name}.safetensors")
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+
+
+def test_a_stage_weighs_losses_its_own_way(toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy.run_toy(tmp_path, **STAGED | {"log": {"every": 1}})
+    assert re.findall(r"^step (\d)/6  (\w+)  loss", capsys.readouterr().err, flags=re.MULTILINE) == [
+        (str(step), "first" if step <= 3 else "second") for step in range(1, 7)
+    ]
+    for entry in log(tmp_path):
+        weight = 0.5 if entry["step"] <= 3 else 2.0
+        expected = entry["loss/value"] + weight * entry.get("loss/label", 0.0)
+        assert entry["loss"] == pytest.approx(expected)
+    with pytest.raises(OmniformError, match=r"stages\.0\.loss_weights\.image: no such loss term.*value, label"):
+        toy.run_toy(tmp_path / "bad", **FAST, stages=[{"name": "a", "loss_weights": {"image": 1.0}}])
+
+
 def test_samples_leave_no_trace_in_the_run(toy: ModuleType, tmp_path: Path) -> None:
     settings = FAST | {"toy": {"dropout": 0.3}}
     toy.run_toy(tmp_path / "without", **settings)

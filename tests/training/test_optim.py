@@ -1,13 +1,16 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from omniform.training.config import OptimConfig
-from omniform.training.optim import AveragingAdamW, learning_rate
+from omniform.modeling.config import ConfigError, parse_config
+from omniform.training.config import FitConfig, OptimConfig, StageConfig
+from omniform.training.optim import AveragingAdamW, learning_rate, learning_rate_at
 
 
 @given(st.integers(1, 500), st.data())
@@ -36,6 +39,67 @@ def test_wsd_is_constant_then_falls_linearly_to_the_final_rate(steps: int, data:
     assert rates[-1] == pytest.approx(0.3 * (0.1 + 0.9 / decay))
     falls = [a - b for a, b in zip(rates[steps - decay :], rates[steps - decay + 1 :], strict=False)]
     assert falls == pytest.approx([0.3 * 0.9 / decay] * len(falls))
+
+
+def fit_config(stages: list[dict], **optim: object) -> FitConfig:
+    steps = sum(stage["steps"] for stage in stages)
+    return parse_config(FitConfig, yaml.safe_dump({"name": "x", "steps": steps, "optim": optim, "stages": stages}))
+
+
+def test_a_decay_of_the_run_comes_once_whatever_its_stages() -> None:
+    stages = [{"name": "a", "steps": 30}, {"name": "b", "steps": 50}, {"name": "c", "steps": 20}]
+    config = fit_config(stages, lr=0.3, schedule="wsd", warmup_steps=10, decay_fraction=0.4, final_lr_fraction=0.1)
+    rates = [learning_rate_at(config, step) for step in range(100)]
+    rise, flat = [0.03 * (step + 1) for step in range(10)], [0.3] * 50
+    assert rates == pytest.approx(rise + flat + [0.3 * (1 - 0.9 * k / 40) for k in range(40)])
+    assert rates == [learning_rate(config.optim, step, 100) for step in range(100)]
+
+
+def test_a_stage_with_a_schedule_of_its_own_has_it_over_its_own_steps() -> None:
+    stages = [
+        {"name": "flat", "steps": 30, "learning_rate": {"lr": 0.2, "schedule": "constant", "warmup_steps": 5}},
+        {"name": "as-the-run", "steps": 30},
+        {"name": "again", "steps": 40, "learning_rate": {"lr": 0.1, "schedule": "wsd", "decay_fraction": 0.5}},
+    ]
+    config = fit_config(stages, lr=0.3, schedule="cosine", final_lr_fraction=0.0)
+    rates = [learning_rate_at(config, step) for step in range(100)]
+    assert rates[:30] == pytest.approx([0.04, 0.08, 0.12, 0.16, *[0.2] * 26])
+    assert rates[30:60] == pytest.approx([0.15 * (1 + math.cos(math.pi * step / 100)) for step in range(30, 60)])
+    assert rates[60:] == pytest.approx([0.1] * 20 + [0.1 * (1 - k / 20) for k in range(20)])
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_every_step_belongs_to_one_stage(lengths: list[int]) -> None:
+    stages = [{"name": f"s{n}", "steps": steps} for n, steps in enumerate(lengths)]
+    config = fit_config(stages)
+    expected = [place for place, steps in enumerate(lengths) for _ in range(steps)]
+    assert [config.stage_at(step) for step in range(config.steps)] == expected
+    assert [config.stage_steps(place) for place in range(len(lengths))] == lengths
+    last_open = replace(config, stages=(*config.stages[:-1], StageConfig(name="last")))
+    assert [last_open.stage_at(step) for step in range(config.steps)] == expected
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[{name: a, steps: 0}]", r"stages\.0\.steps: .*greater than or equal to 1"),
+        ("[{name: a, steps: 6}, {name: b}]", r"stages\.1\.steps: no steps are left for b.* 6 of steps = 6"),
+        ("[{name: a, steps: 2}, {name: b, steps: 3}]", r"stages take 5 steps in all, expected steps = 6"),
+        ("[{name: a}, {name: b, steps: 3}]", r"stages\.0\.steps: required"),
+        ("[{name: a, steps: 2}, {name: a}]", r"stages\.1\.name is 'a'"),
+        ("[{name: a b}]", r"stages\.0\.name: .*pattern"),
+        ("[{name: a, stpes: 2}]", r"stages\.0\.stpes: unknown key; did you mean steps"),
+        ("[{name: a, loss_weights: {value: -1}}]", r"stages\.0\.loss_weights\.value: .*greater than"),
+        ("[{name: a, learning_rate: {lr: 0}}]", r"stages\.0\.learning_rate\.lr: .*greater than 0"),
+        (
+            "[{name: a, steps: 2, learning_rate: {warmup_steps: 2}}, {name: b}]",
+            r"stages\.0\.learning_rate\.warmup_steps is 2, expected fewer than the stage's steps = 2",
+        ),
+    ],
+)
+def test_a_bad_stage_is_refused_with_its_path(stages: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(FitConfig, f"name: x\nsteps: 6\nstages: {stages}")
 
 
 def test_schedule_never_exceeds_the_peak_and_reaches_it_with_the_last_warmup_step() -> None:

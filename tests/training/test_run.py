@@ -113,6 +113,67 @@ def test_continued_run_has_the_same_end(config_file: Path, trained: tuple[Path, 
         assert (tmp_path / name).read_bytes() == (trained[0] / name).read_bytes()
 
 
+STAGES = [
+    {"name": "pairs", "steps": 2, "mixture": {"train-documents": {"weight": 0.0}}},
+    {"name": "all", "mixture": {"train": {"tasks": {"image->text": 1.0}}}},
+]
+DOCUMENTS = "data.row_length=240", f"stages={json.dumps(STAGES)}", "model.next_span_weight=0.5"
+
+
+def with_documents(config_file: Path) -> list[str]:
+    data = yaml.safe_load(config_file.read_text())["data"]
+    folder = Path(data["sources"][0]["path"]).parent
+    documents = {"path": f"{folder}/train-documents", "tasks": {"interleaved": 1.0}}
+    return [f"data.sources={json.dumps([*data['sources'], documents])}", *DOCUMENTS]
+
+
+def test_a_run_of_stages_learns_documents_when_it_should_and_resumes_in_either_stage(
+    config_file: Path, tmp_path: Path
+) -> None:
+    overrides = [*with_documents(config_file), "checkpoint.every=1", "log.samples_every=1"]
+    train(config_file, overrides, tmp_path / "never")
+    entries = [json.loads(line) for line in (tmp_path / "never" / "log.jsonl").read_text().splitlines()]
+    assert [(entry["stage"], "loss/next_span" in entry) for entry in entries] == [
+        *(("pairs", False), ("pairs", False), ("all", True), ("all", True))
+    ]
+
+    class Interrupted(Exception):
+        pass
+
+    for crash in (1, 2, 3):
+        out = tmp_path / f"stopped-{crash}"
+
+        def interrupt(model: LoadedModel, folder: Path, crash: int = crash) -> None:
+            if folder.name == f"step-{crash}":
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            train(config_file, overrides, out, preview=interrupt)
+        train(config_file, overrides, out)
+        for name in ("model/model.safetensors", "checkpoints/step-4/state.json"):
+            assert (out / name).read_bytes() == (tmp_path / "never" / name).read_bytes()
+
+
+def test_dry_run_shows_the_stages(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [*with_documents(config_file), "optim.lr=0.1", "optim.schedule=constant"]
+    train(config_file, overrides, tmp_path / "run", dry_run=True)
+    shown = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("stage ")]
+    assert shown == [
+        "pairs: steps 1 to 2, learning rate 0.1 to 0.1; train 83% (image->text, text->image), "
+        "train-text 17% (text->text)",
+        "all: steps 3 to 4, learning rate 0.1 to 0.1; train 45% (image->text), train-text 9% (text->text), "
+        "train-documents 45% (interleaved)",
+    ]
+
+
+def test_stages_that_draw_alike_are_one_stretch_of_data(config_file: Path) -> None:
+    stages = [{"name": "a", "steps": 1}, {"name": "b", "steps": 2, "learning_rate": {"lr": 1.0}}, *STAGES[1:]]
+    config = parse_config(TrainConfig, config_file.read_text(), [f"stages={json.dumps(stages)}"])
+    assert [stage.first_step for stage in config.data_stages] == [0, 3]
+    assert config.data_stages[0].config == config.data
+    assert parse_config(TrainConfig, config_file.read_text()).data_stages == ()
+
+
 def test_launched_processes_train_the_same_model(config_file: Path, trained: tuple[Path, list], tmp_path: Path) -> None:
     command = ["launch", "--nproc", "2", "--", "train", str(config_file), "engine.zero_stage=3", "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-m", "omniform.cli", *command], capture_output=True, text=True)
@@ -168,6 +229,14 @@ def test_forecast_flops_are_those_that_torch_counts(config_file: Path, trained: 
         ("name=..", "name: String should match"),
         ("seed=9223372036854775808", "seed: .*less than 9223372036854775808"),
         ("engine={zero_stage: 0, precision: bf16}", "bf16 at zero_stage 0"),
+        ("stages=[{name: a, mixture: {tarin: {weight: 1}}}]", r"stages\.0\.mixture: tarin: data.sources has 0 sources"),
+        ("stages=[{name: a, mixture: {train: {weight: -1}}}]", r"stages\.0\.mixture\.train\.weight: .*greater than"),
+        ("stages=[{name: a, mixture: {train: {tasks: {text: 1}}}}]", r"stages\.0\.mixture\.train: task 'text'"),
+        (
+            "stages=[{name: a, mixture: {train: {weight: 0}, train-text: {weight: 0}}}]",
+            r"stages\.0\.mixture: every source has the weight 0",
+        ),
+        ("data.sources.1.weight=0", r"data\.sources\.1: train-text has the weight 0 in the whole run"),
     ],
 )
 def test_bad_config_fails_before_anything_is_written(
