@@ -121,6 +121,10 @@ def load_model_folder(folder: Path) -> LoadedModel:
             f"no model folder at {folder}: expected a folder with config.json and model.safetensors, such as the "
             "model/ that `omniform train` or `omniform demo` writes"
         )
+    if not (folder / MANIFEST).exists() and (folder / "model" / MANIFEST).exists():
+        raise ModelFolderError(
+            f"{folder} is no model folder, but the folder of a run that made one: give {folder / 'model'}"
+        )
     verify_manifest(folder)
     record = _read_json(folder / "config.json")
     if record.get("format") != "omniform" or record.get("format_version") != FORMAT_VERSION:

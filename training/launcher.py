@@ -2,10 +2,12 @@
 
 import os
 import shlex
+import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 
-from omniform.errors import OmniformError
+from omniform.errors import COMPLAINTS_VARIABLE, OmniformError
 from omniform.training.run_folder import COMMAND_VARIABLE
 
 _MODULE = "omniform.cli"
@@ -35,7 +37,8 @@ def launch_command(n_processes: int, arguments: Sequence[str]) -> list[str]:
 def launch(n_processes: int, arguments: Sequence[str], *, dry_run: bool = False) -> int:
     """Run `omniform ARGUMENTS` in `n_processes` processes and return the exit status for this one.
 
-    A SIGINT or SIGTERM is passed on: every process writes its part of a checkpoint, and the status is 130 or 143.
+    A SIGINT or SIGTERM is passed on: every process writes its part of a checkpoint, and the status is 130 or 143. An
+    error that all processes meet is printed by one of them.
 
     Args:
         dry_run: print the command instead of running it.
@@ -59,8 +62,11 @@ def launch(n_processes: int, arguments: Sequence[str], *, dry_run: bool = False)
     os.environ.update(environment)
     os.environ[COMMAND_VARIABLE] = shlex.join(["omniform", "launch", "--nproc", str(n_processes), "--", *arguments])
     try:
-        main(command[1:])
+        with tempfile.TemporaryDirectory(prefix="omniform-") as complaints:
+            os.environ[COMPLAINTS_VARIABLE] = complaints
+            main(command[1:])
     except SignalException as stopped:
+        print(f"omniform: stopped by {signal.Signals(stopped.sigval).name}", file=sys.stderr)
         return 128 + int(stopped.sigval)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()

@@ -8,11 +8,15 @@ import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
-import typer.core
+try:
+    import typer
+    import typer.core
 
-from omniform import __version__
-from omniform.errors import COMPLAINTS_VARIABLE, OmniformError
+    from omniform import __version__
+    from omniform.errors import COMPLAINTS_VARIABLE, OmniformError
+except KeyboardInterrupt:  # nothing else can answer Ctrl-C in the first moments
+    print("omniform: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 HELP = """One decoder transformer for every modality: tokenizers, training, generation and evaluation.
 

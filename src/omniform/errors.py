@@ -1,5 +1,8 @@
 """The one exception family. A leaf: every room may import it."""
 
+COMPLAINTS_VARIABLE = "OMNIFORM_COMPLAINTS"
+"""Environment variable: the folder in which the processes of one launch mark what one of them has complained of."""
+
 
 class OmniformError(ValueError):
     """Something that the user gave cannot be used.

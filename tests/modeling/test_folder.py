@@ -171,6 +171,11 @@ def test_no_folder_says_what_to_expect(tmp_path: Path) -> None:
         load_model_folder(tmp_path / "none")
 
 
+def test_the_folder_around_a_model_is_told_from_the_model(folder: Path) -> None:
+    with pytest.raises(ModelFolderError, match=f"{folder.parent} is no model folder.*give {folder}$"):
+        load_model_folder(folder.parent)
+
+
 def test_every_file_is_as_readable_as_the_umask_says(folder: Path) -> None:
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
     assert set(modes.values()) == {modes["config.json"]}

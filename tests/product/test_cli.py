@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from omniform.cli import app
+from omniform.errors import COMPLAINTS_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = typer.main.get_command(app)
@@ -76,6 +77,30 @@ def test_a_mistake_is_answered_on_stderr_with_status_2(arguments: list[str], hin
     assert "Traceback" not in done.stderr
     assert all(hint in done.stderr for hint in hints), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_of_one_launch_complain_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COMPLAINTS_VARIABLE, str(tmp_path))
+    first, second, other = omniform("bench", "a"), omniform("bench", "a"), omniform("bench", "b")
+    assert [done.returncode for done in (first, second, other)] == [2, 2, 2]
+    assert "no benchmark 'a'" in first.stderr
+    assert second.stderr == ""
+    assert "no benchmark 'b'" in other.stderr
+
+
+def test_an_interrupt_is_answered_with_one_line() -> None:
+    stopped = typer.Typer(cls=app.info.cls)
+
+    @stopped.command()
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    @stopped.callback()
+    def root() -> None:
+        """Make `work` a command among others."""
+
+    shown = CliRunner().invoke(stopped, ["work"])
+    assert (shown.exit_code, shown.output) == (130, "omniform: interrupted\n")
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
