@@ -13,7 +13,7 @@ from omniform.errors import OmniformError
 from omniform.inference.editing import outpaint
 from omniform.inference.generate import Model, load
 from omniform.inference.protocol import ContentPart, DataPart, ImagePart, TextPart, parse_prompt
-from omniform.tokenizers.image_files import open_picture
+from omniform.tokenizers.image_files import MAX_BYTES, open_picture
 
 _MODALITY_OF_MEDIA = {"text": "text", "image": "image", "audio": "speech", "video": "video"}
 
@@ -109,7 +109,7 @@ def read_argument(argument: str, model: Model) -> ContentPart:
             f"one of {', '.join(model.modalities)}; write @@ for text that starts with an at sign"
         )
     try:
-        payload = path.read_bytes()
+        payload = _read_file(path)
     except OSError as error:
         raise OmniformError(
             f"{argument}: cannot read the file {path}: {error.strerror}; expected a readable file, or @@ for text that "
@@ -139,11 +139,19 @@ def _read_edit(image: Path | None, mask: Path | None, margins: Sequence[int] | N
 
 def _read_picture(option: str, path: Path) -> Image.Image:
     try:
-        return open_picture(path.read_bytes())
+        return open_picture(_read_file(path))
     except OSError as error:
         raise OmniformError(f"{option} {path}: {error.strerror}; expected a picture file") from error
     except OmniformError as error:
         raise OmniformError(f"{option} {path}: {error}") from error
+
+
+def _read_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        payload = file.read(MAX_BYTES + 1)
+    if len(payload) > MAX_BYTES:
+        raise OmniformError(f"{path} is too large, expected at most {MAX_BYTES:,} bytes")
+    return payload
 
 
 def _check_destination(out: Path, to: Sequence[str]) -> None:
@@ -151,7 +159,10 @@ def _check_destination(out: Path, to: Sequence[str]) -> None:
         raise OmniformError(f"--out {out}: there is no folder {out.parent}; create it first")
     if out.is_dir():
         raise OmniformError(f"--out {out} is a folder, expected the name of a file")
-    if "image" in to and Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+    file_format = Image.registered_extensions().get(out.suffix.lower())
+    if set(to) == {"text"} and file_format is not None:
+        raise OmniformError(f"--out {out}: text was asked for, and {out.suffix} is a picture format; use .txt")
+    if "image" in to and file_format not in Image.SAVE:
         raise OmniformError(f"--out {out}: {out.suffix or 'no suffix'} is no picture format; use .png, .jpg or .webp")
 
 

@@ -73,6 +73,7 @@ def test_without_out_a_picture_goes_to_the_current_folder(
         ("@noname", "a name without suffix is no kind of file"),
         ("", "empty text"),
         ("@empty.txt", r"@empty\.txt: .*empty text"),
+        ("@huge.png", r"huge\.png is too large, expected at most"),
         ("@", "no kind of file.*write @@ for text"),
     ],
 )
@@ -83,6 +84,8 @@ def test_unusable_files_are_named(
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "broken.png").write_bytes(b"xyz")
     (tmp_path / "empty.txt").write_bytes(b"")
+    with (tmp_path / "huge.png").open("wb") as sparse:
+        sparse.truncate(2**30)
     (tmp_path / "sound.wav").write_bytes(b"RIFF")
     with pytest.raises(OmniformError, match=message):
         generate_files(omni, ["a", argument])
@@ -96,6 +99,7 @@ def test_unusable_files_are_named(
         ({"to": ["image"], "out": "."}, "is a folder"),
         ({"to": ["image"], "out": "a.sevn"}, r"\.sevn is no picture format"),
         ({"to": ["image"], "out": "a.psd"}, r"\.psd is no picture format"),  # Pillow reads it, but cannot write it
+        ({"out": "a.png"}, r"text was asked for, and \.png is a picture format"),
         ({"to": ["image"], "temperature": -1}, "temperature is -1"),
     ],
 )
