@@ -9,7 +9,14 @@ from sklearn.datasets import load_digits
 
 from omniform.data.digits import SPLIT_ROWS, load_digit_images, warped
 from omniform.errors import OmniformError
-from omniform.inference.judges import DigitImageJudge, at_judged_size, copy_rate, digit_of_text, wilson_interval
+from omniform.inference.judges import (
+    DigitImageJudge,
+    at_judged_size,
+    copy_rate,
+    difference_interval,
+    digit_of_text,
+    wilson_interval,
+)
 
 
 def test_the_image_judge_knows_held_out_writers() -> None:
@@ -66,6 +73,24 @@ def test_the_interval_is_scipys(n: int, share: float) -> None:
     right = round(n * share)
     expected = binomtest(right, n).proportion_ci(0.95, method="wilson")
     assert wilson_interval(right, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ((56, 70, 48, 80), (0.0524, 0.3339)),
+        ((9, 10, 3, 10), (0.1705, 0.8090)),
+        ((6, 7, 2, 7), (0.0582, 0.8062)),
+        ((5, 56, 0, 29), (-0.0381, 0.1926)),
+        ((0, 10, 0, 20), (-0.1611, 0.2775)),
+        ((10, 10, 0, 20), (0.6791, 1.0)),
+    ],
+)
+def test_the_interval_of_a_difference_is_newcombes(
+    counts: tuple[int, int, int, int], expected: tuple[float, float]
+) -> None:
+    """Table II of the source."""
+    assert difference_interval(*counts) == pytest.approx(expected, abs=6e-5)
 
 
 def test_impossible_counts_are_refused() -> None:
