@@ -87,7 +87,7 @@ def evaluate_any_to_any(
 
     Raises:
         OmniformError: an unknown cell, a split that is not held out, data that is not there or has no digits to score
-            by, or a model without images.
+            by, a model without images, or a folder as `out`.
     """
     if cells is None:
         cells = [cell for cell in CELLS if cell != "text->text" or (data_dir / f"{split}-text").exists()]
@@ -97,6 +97,8 @@ def evaluate_any_to_any(
         raise OmniformError(f"split is {split!r}, expected a held-out one: {' or '.join(HELD_OUT)}")
     if "image" not in model.modalities:
         raise OmniformError(f"the any-to-any suite scores text and images, but this model has {model.modalities}")
+    if out is not None and out.is_dir():
+        raise OmniformError(f"out is the folder {out}, expected a file to write, such as {out / 'metrics.json'}")
     train, held_out = _read(model, data_dir / "train", None), _read(model, data_dir / split, limit)
     judge = DigitImageJudge.fit(_pixels(train.images), train.digits)
     image_ceiling = float((judge.predict(_pixels(held_out.images)) == held_out.digits).mean())

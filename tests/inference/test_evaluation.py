@@ -164,6 +164,7 @@ def test_settings_of_a_target_are_passed_on(loaded: LoadedModel, world: Path) ->
     [
         ({"cells": ["text->smell"]}, "unknown cells text->smell, expected some of text->image"),
         ({"split": "train"}, "split is 'train', expected a held-out one"),
+        ({"data_dir": Path("nowhere"), "out": Path(".")}, r"out is the folder \., expected a file"),
         ({"data_dir": Path("nowhere")}, "nowhere/train holds no .tar shards"),
     ],
 )
