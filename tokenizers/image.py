@@ -171,16 +171,17 @@ class ImageTokenizer(Modality):
         return Image.fromarray(levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy())
 
     def comparison(self, items: Sequence[Float[Tensor, "C H W"]], *, scale: int = 4, columns: int = 8) -> Image.Image:
-        """Return one picture: rows of `columns` items, and below each what its codes decode to, `scale` times enlarged;
-        white where the last row is short."""
-        size = self.config.image_size * scale
-        grid = (min(columns, len(items)) * size, -(-len(items) // columns) * 2 * size)
+        """Return one picture on white: rows of `columns` items, and below each what its codes decode to, `scale` times
+        enlarged, with two pixels of that size between pairs."""
+        size, gap = self.config.image_size * scale, 2 * scale
+        width, height = size + gap, 2 * size + gap
+        grid = (min(columns, len(items)) * width - gap, -(-len(items) // columns) * height - gap)
         sheet = Image.new("L" if self.config.channels == 1 else "RGB", grid, "white")
         for below, images in enumerate((items, self.decode_batch(self.encode_batch(items)))):
             for place, image in enumerate(images):
                 row, column = divmod(place, columns)
                 enlarged = self.to_pil(image).resize((size, size), Image.Resampling.NEAREST)
-                sheet.paste(enlarged, (column * size, (2 * row + below) * size))
+                sheet.paste(enlarged, (column * width, row * height + below * size))
         return sheet
 
     def save(self, folder: Path) -> None:

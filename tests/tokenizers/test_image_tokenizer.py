@@ -186,15 +186,16 @@ def test_the_comparison_shows_items_above_what_their_codes_decode_to() -> None:
     tokenizer = build()
     items = images(5)
     sheet = np.asarray(tokenizer.comparison(items, scale=2, columns=3))
-    assert sheet.shape == (2 * 2 * 32, 3 * 32)
+    assert sheet.shape == (2 * 64 + 4, 3 * 32 + 2 * 4)
     decoded = tokenizer.decode_batch(tokenizer.encode_batch(items))
     for place, (item, back) in enumerate(zip(items, decoded, strict=True)):
-        top, left = place // 3 * 64, place % 3 * 32
+        top, left = place // 3 * 68, place % 3 * 36
         assert np.array_equal(sheet[top : top + 32 : 2, left : left + 32 : 2], np.asarray(tokenizer.to_pil(item)))
         below = sheet[top + 33 : top + 64 : 2, left + 1 : left + 32 : 2]
         assert np.array_equal(below, np.asarray(tokenizer.to_pil(back)))
-    assert (sheet[64:, 64:] == 255).all()
-    assert tokenizer.comparison(items).size == (5 * 64, 2 * 64)
+    assert (sheet[64:68] == 255).all()
+    assert (sheet[68:, 72:] == 255).all()
+    assert tokenizer.comparison(items).size == (5 * 64 + 4 * 8, 2 * 64)
 
 
 def test_diffusers_is_imported_only_for_a_codec() -> None:

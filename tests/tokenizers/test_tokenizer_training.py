@@ -118,11 +118,14 @@ def test_damaged_samples_are_counted_and_left_out(
     shard.write_bytes(content)
     overrides = [f"data=[{damaged}]", "vocab_size=600"]
     folder = train_tokenizer(CONFIGS / "digits-text.yaml", overrides, tmp_path / "text")
-    assert "1 samples cannot be read and are left out" in capsys.readouterr().out
+    assert "cannot be read are left out: 1 x damaged, or not a sample: " in capsys.readouterr().out
     assert load_modality(folder).representation.vocab_size == 600
     config = write(tmp_path / "tiny.yaml", {**image_config(world), "data": str(damaged), "steps": 1})
     train_tokenizer(config, [], tmp_path / "image")
-    assert f"1 images of {damaged} cannot be read and are left out" in capsys.readouterr().out
+    assert (
+        f"images of {damaged} that cannot be read are left out: 1 x damaged, or not a sample: "
+        in capsys.readouterr().out
+    )
 
 
 def test_configurations_that_cannot_be_used_are_refused(world: Path, tmp_path: Path) -> None:
@@ -141,7 +144,7 @@ def test_configurations_that_cannot_be_used_are_refused(world: Path, tmp_path: P
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["digits-image", "digits-text"])
+@pytest.mark.parametrize("name", ["digits-image", "digits-image-64", "digits-text"])
 def test_shipped_configs_fit_digits_world(world: Path, tmp_path: Path, name: str) -> None:
     if name == "digits-text":
         overrides = [f"data=[{world}/train,{world}/train-text]"]
@@ -151,5 +154,5 @@ def test_shipped_configs_fit_digits_world(world: Path, tmp_path: Path, name: str
         overrides = [f"data={world}/validation", "steps=1", "optim.warmup_steps=0", "engine.precision=fp32"]
         folder = train_tokenizer(CONFIGS / f"{name}.yaml", overrides, tmp_path / "out")
         tokenizer = load_modality(folder)
-        assert tokenizer.fixed_grid == (4, 4)
-        assert tokenizer.representation.vocab_size == 64
+        assert tokenizer.fixed_grid == ((8, 8) if name == "digits-image-64" else (4, 4))
+        assert tokenizer.representation.vocab_size == (16 if name == "digits-image-64" else 64)
