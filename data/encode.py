@@ -5,14 +5,13 @@ of another tokenizer can never be taken for these. A file is written whole or no
 with the first shard that has none.
 """
 
-import collections
 import fcntl
 import hashlib
 import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from omniform.data.index import ShardIndex
 from omniform.data.schema import DataError, RawSpan, SampleError
 from omniform.data.sealed import write_atomically
 from omniform.data.shards import ShardReader, read_sample
+from omniform.data.tally import Tally
 from omniform.errors import OmniformError
 from omniform.tokenizers.base import Modality, Tokens, folder_digest
 
@@ -100,8 +100,10 @@ class EncodedSource:
         samples = np.concatenate([s.arrays["sample"] + n for s, n in zip(shards, firsts, strict=False)])
         self._first_span = np.searchsorted(samples, np.arange(len(self) + 1))
         if self.failures:
-            counted = "; ".join(_counted(self.failures.values()))
-            _log.warning("%s: %d of %d samples cannot be decoded: %s", folder, len(self.failures), len(self), counted)
+            tally = Tally()
+            for failure in self.failures.values():
+                tally.add(failure.reason, failure.message)
+            _log.warning("%s: %d of %d samples cannot be decoded: %s", folder, len(tally), len(self), tally)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -117,17 +119,6 @@ class EncodedSource:
         codes = torch.from_numpy(self._codes[self._bounds[span] : self._bounds[span + 1]].astype(np.int64))
         grid = tuple(int(n) for n in self._grid[span] if n) or (0,)
         return Tokens(codes, grid)
-
-
-def _counted(failures: Iterable[Failure]) -> Iterator[str]:
-    """Yield per reason how many samples failed for it, and what the first of them says."""
-    firsts: dict[str, str] = {}
-    counts: collections.Counter[str] = collections.Counter()
-    for failure in failures:
-        firsts.setdefault(failure.reason, failure.message)
-        counts[failure.reason] += 1
-    for reason, count in counts.most_common():
-        yield f"{count} x {reason}, first {firsts[reason]}"
 
 
 def tokenizer_digest(tokenizer: Modality) -> str:

@@ -15,7 +15,7 @@ import os
 import posixpath
 import shutil
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from omniform.data.captions import Captions, Source
 from omniform.data.folder_tree import FileError, FolderTree
 from omniform.data.schema import DataError, RawSample, RawSpan
 from omniform.data.shards import ShardWriter
+from omniform.data.tally import Tally
 from omniform.data.verify import write_manifest
 from omniform.kernels.keyed_noise import keyed_uniform, stream
 from omniform.modeling.config import STRICT
@@ -52,7 +53,6 @@ SUFFIXES = {
     **{".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"},
 }
 JPEG_QUALITY = 95
-_NAMES_SHOWN = 5
 _LINE_EVERY = 10_000
 
 
@@ -94,32 +94,28 @@ class FolderReport:
     Attributes:
         read: image files found, by their names' endings.
         kept: images in each split.
-        skipped: by reason, how many images were left out and the first few of their names.
-        noted: by remark, the same of images that were kept.
+        skipped: images that were left out, by reason.
+        noted: images that were kept, by remark.
         other_files: how many files of which ending are no images; captions among them.
-        unused_rows: how many rows of the table name no image, and the first few names.
+        unused_rows: rows of the table that name no image.
     """
 
     read: int = 0
     kept: dict[str, int] = field(default_factory=lambda: {"train": 0, "validation": 0})
-    skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
-    noted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: Tally = field(default_factory=Tally)
+    noted: Tally = field(default_factory=Tally)
+    unused_rows: Tally = field(default_factory=Tally)
     other_files: dict[str, int] = field(default_factory=dict)
-    unused_rows: dict[str, Any] = field(default_factory=lambda: {"count": 0, "first": []})
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return asdict(self)
+        return {name: value.to_json() if isinstance(value, Tally) else value for name, value in vars(self).items()}
 
     def __str__(self) -> str:
         kept = " + ".join(f"{count} {split}" for split, count in self.kept.items())
         lines = [f"{self.read} images read, {sum(self.kept.values())} kept ({kept})"]
-        for title, entries in (("skipped", self.skipped), ("noted", self.noted)):
-            for reason, entry in sorted(entries.items(), key=lambda item: -item[1]["count"]):
-                lines.append(f"{title}: {entry['count']} x {reason}: {', '.join(entry['first'])}")
-        if self.unused_rows["count"]:
-            names = ", ".join(self.unused_rows["first"])
-            lines.append(f"table: {self.unused_rows['count']} rows name no image: {names}")
+        for title, tally in (("skipped", self.skipped), ("noted", self.noted), ("not found", self.unused_rows)):
+            lines += [f"{title}: {line}" for line in tally.lines()]
         if self.other_files:
             lines.append("other files: " + ", ".join(f"{count} x {end}" for end, count in self.other_files.items()))
         return "\n".join(lines)
@@ -153,7 +149,8 @@ def from_folder(folder: Path, out: Path, options: FolderOptions | None = None) -
                     writers[split] = stack.enter_context(writer)
                 writers[split].write(sample)
                 report.kept[split] += 1
-        _note_all(report.unused_rows, captions.rows)
+        for name in captions.rows:
+            report.unused_rows.add("rows of the table without an image", _printable(name))
         if not any(report.kept.values()):
             raise DataError(f"{folder}: no image could be kept\n{report}")
         (draft / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -195,10 +192,10 @@ def _samples(
             if options.strict:
                 where = "" if isinstance(error, FileError) else f"{path}: "
                 raise DataError(_printable(f"{where}{error}")) from error
-            _note(report.skipped, error.reason, path)
+            report.skipped.add(error.reason, _printable(path))
             continue
         if unfit is not None:
-            _note(report.skipped, unfit, path)
+            report.skipped.add(unfit, _printable(path))
             continue
         for remark, holds in (
             ("the first of several pictures in one file", header.animated),
@@ -207,7 +204,7 @@ def _samples(
             ("no caption", caption is None),
         ):
             if holds:
-                _note(report.noted, remark, path)
+                report.noted.add(remark, _printable(path))
         spans = [] if caption is None else [RawSpan("text", text=caption)]
         spans.append(RawSpan("image", payload=content, extension=extension))
         yield path, RawSample(f"{sum(report.kept.values()):09d}", tuple(spans), {"file": _printable(path)})
@@ -250,18 +247,6 @@ def _uniform(path: str, seed: int) -> float:
     """Return a number in (0, 1) that depends on an image's path and the seed alone."""
     digest = hashlib.sha256(os.fsencode(path)).digest()
     return float(keyed_uniform(seed, stream("from-folder/validation"), int.from_bytes(digest[:8])))
-
-
-def _note(entries: dict[str, dict[str, Any]], reason: str, path: str) -> None:
-    _note_all(entries.setdefault(reason, {"count": 0, "first": []}), [path])
-
-
-def _note_all(entry: dict[str, Any], paths: Collection[str]) -> None:
-    entry["count"] += len(paths)
-    for path in paths:
-        if len(entry["first"]) == _NAMES_SHOWN:
-            break
-        entry["first"].append(_printable(path))
 
 
 def _printable(path: str) -> str:

@@ -13,6 +13,7 @@ from omniform.data.index import shard_folders
 from omniform.data.schema import DataError, RawSample, SampleError
 from omniform.data.sealed import unseal
 from omniform.data.shards import ShardReader
+from omniform.data.tally import Tally
 from omniform.data.verify import MANIFEST
 from omniform.tokenizers.image_files import ImageFileError, read_header, read_picture
 
@@ -22,8 +23,8 @@ _TILE, _CAPTION_LINES, _LINE, _MARGIN = 128, 3, 14, 8
 def info(folder: Path, index_dir: Path | None = None) -> dict[str, Any]:
     """Return what the data is and holds, as JSON values: recipe and sources if known, and per split the number of
     shards, samples and bytes, the spans by modality, samples with an image and no text, characters of text, sizes of
-    images, and counts per digit label; and by reason how many samples or images cannot be read, and the first one's
-    key. Only the headers of images are read: `verify` decodes them.
+    images, and counts per digit label; and by reason how many samples or images cannot be read, and the first ones'
+    keys. Only the headers of images are read: `verify` decodes them.
 
     Raises:
         DataError: no shards, or shards without an index.
@@ -80,15 +81,14 @@ def _summary(reader: ShardReader) -> dict[str, Any]:
     spans: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
     digits: collections.Counter[str] = collections.Counter()
-    unreadable: dict[str, dict[str, Any]] = {}
+    unreadable = Tally()
     n_characters = n_uncaptioned = 0
     for place in range(len(reader)):
         try:
             sample = reader[place]
             sizes.update(_sizes(sample))
         except (SampleError, ImageFileError) as error:
-            entry = unreadable.setdefault(error.reason, {"count": 0, "first": reader.describe(place)})
-            entry["count"] += 1
+            unreadable.add(error.reason, reader.describe(place))
             continue
         modalities = [span.modality for span in sample.spans]
         spans.update(modalities)
@@ -105,7 +105,7 @@ def _summary(reader: ShardReader) -> dict[str, Any]:
         "characters": n_characters,
     }
     if unreadable:
-        summary["unreadable"] = unreadable
+        summary["unreadable"] = unreadable.to_json()
     if sizes:
         summary["image_sizes"] = dict(sizes.most_common(10))
     if digits:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from omniform.data.schema import RawSpan, SampleError
 from omniform.data.shards import ShardReader
+from omniform.data.tally import Tally
 from omniform.errors import OmniformError
 from omniform.kernels.keyed_noise import keyed_permutation, stream
 from omniform.modeling.config import STRICT, ConfigError, dump_config, parse_config
@@ -156,7 +157,7 @@ class ImageTokenizerTask:
                 "discriminator": 1.0,
             }
         reader = ShardReader(config.data)
-        self._images, self.n_unreadable = _read_images(reader, self.tokenizer, config.max_images)
+        self._images, self.unreadable = _read_images(reader, self.tokenizer, config.max_images)
         self._identity = {"data": reader.digest, "n_images": len(self._images)}
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
@@ -228,8 +229,8 @@ def train_tokenizer(
     task = ImageTokenizerTask(config)
     config.accumulation(int(os.environ.get("WORLD_SIZE", "1")))  # fails here rather than with the folder made
     open_run_folder(out, config, fresh=fresh, result=RESULT)
-    if task.n_unreadable:
-        print(f"{task.n_unreadable} images of {config.data} cannot be read and are left out", flush=True)
+    if task.unreadable:
+        print(f"images of {config.data} that cannot be read are left out: {task.unreadable}", flush=True)
 
     def preview(module: nn.Module, step: int) -> None:
         task.draw(out / "samples" / f"step-{step}.png", module)
@@ -261,57 +262,57 @@ def _train_text(config: TextTokenizerTrainConfig, out: Path, *, fresh: bool) -> 
                 f"{out} holds a tokenizer of another configuration:\n" + "\n".join(changes) + "\n"
                 "Choose another --out, or replace that tokenizer with --fresh"
             )
-    texts, n_unreadable = _read_texts(config)
-    if n_unreadable:
-        print(f"{n_unreadable} samples cannot be read and are left out", flush=True)
+    texts, unreadable = _read_texts(config)
+    if unreadable:
+        print(f"samples that cannot be read are left out: {unreadable}", flush=True)
     tokenizer = SentencePieceTokenizer.train(texts, vocab_size=config.vocab_size, algorithm=config.algorithm)
     record.write_text(text, encoding="utf-8")
     tokenizer.save(out / RESULT)
     return out / RESULT
 
 
-def _read_texts(config: TextTokenizerTrainConfig) -> tuple[list[str], int]:
-    """Return the texts, and how many samples could not be read."""
+def _read_texts(config: TextTokenizerTrainConfig) -> tuple[list[str], Tally]:
+    """Return the texts, and which samples could not be read."""
     texts: list[str] = []
-    n_unreadable = 0
+    unreadable = Tally()
     for folder in config.data:
         reader = ShardReader(folder)
         for place in range(len(reader)):
             try:
                 texts += [span.text for span in reader[place].spans if span.text is not None]
-            except SampleError:
-                n_unreadable += 1
+            except SampleError as error:
+                unreadable.add(error.reason, reader.describe(place))
     if "python-topics" in config.corpora:
         from pydoc_data.topics import topics
 
         texts += topics.values()
-    return texts, n_unreadable
+    return texts, unreadable
 
 
 def _read_images(
     reader: ShardReader, tokenizer: ImageTokenizer, max_images: int
-) -> tuple[UInt8[Tensor, "N C H W"], int]:
-    """Return the images as bytes, and how many could not be read."""
+) -> tuple[UInt8[Tensor, "N C H W"], Tally]:
+    """Return the images as bytes, and which could not be read."""
     images: list[Tensor] = []
-    n_unreadable = 0
+    unreadable = Tally()
     for place in range(len(reader)):
         try:
             spans: Sequence[RawSpan] = reader[place].spans
-        except SampleError:
-            n_unreadable += 1
+        except SampleError as error:
+            unreadable.add(error.reason, reader.describe(place))
             continue
         for span in spans:
             if span.modality != "image" or span.payload is None or len(images) >= max_images:
                 continue
             try:
                 images.append(((tokenizer.read(span.payload) + 1) * 127.5).round().to(torch.uint8))
-            except TokenizerError:
-                n_unreadable += 1
+            except TokenizerError as error:
+                unreadable.add(error.reason, reader.describe(place))
         if len(images) >= max_images:
             break
     if not images:
-        raise OmniformError(f"{reader.folder} holds no image that can be read ({n_unreadable} cannot)")
-    return torch.stack(images), n_unreadable
+        raise OmniformError(f"{reader.folder} holds no image that can be read: {unreadable or 'none at all'}")
+    return torch.stack(images), unreadable
 
 
 def _to_item(image: UInt8[Tensor, "*N C H W"]) -> Tensor:

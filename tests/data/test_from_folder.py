@@ -66,8 +66,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def reasons(report: FolderReport) -> dict[str, list[str]]:
     """Names by reason, where all are shown."""
-    assert all(entry["count"] == len(entry["first"]) for entry in report.skipped.values())
-    return {reason: entry["first"] for reason, entry in report.skipped.items()}
+    entries = report.skipped.to_json().items()
+    assert all(entry["count"] == len(entry["first"]) for _, entry in entries)
+    return {reason: entry["first"] for reason, entry in entries}
 
 
 def test_captions_lie_beside_the_images(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_captions_lie_beside_the_images(tmp_path: Path) -> None:
     for sample in ShardReader(tmp_path / "out" / "train"):
         assert sample.spans[-1].payload == (photos / sample.metadata["file"]).read_bytes()
     kept = from_folder(photos, tmp_path / "all", FolderOptions(captionless="keep"))
-    assert kept.noted["no caption"] == {"count": 3, "first": ["f.png", "g.png", "h.png"]}
+    assert kept.noted.to_json()["no caption"] == {"count": 3, "first": ["f.png", "g.png", "h.png"]}
     assert captions(tmp_path / "all")["h.png"] is None
     own = from_folder(photos, tmp_path / "own", FolderOptions(caption_key="text"))
     assert captions(tmp_path / "own")["deep/er/b.PNG"] == "no"
@@ -124,7 +125,7 @@ def test_captions_stand_in_one_table(tmp_path: Path, kind: str) -> None:
     report = from_folder(photos, tmp_path / "out")
     assert captions(tmp_path / "out") == {"a.png": "one, with a comma", "in/b.png": "zwei\nZeilen"}
     assert reasons(report) == {"no caption": ["c.png", "d.png"]}
-    assert report.unused_rows == {"count": 1, "first": ["lost.png"]}
+    assert str(report.unused_rows) == "1 x rows of the table without an image: lost.png"
     from_folder(photos, tmp_path / "files", FolderOptions(caption_from="files"))
     assert captions(tmp_path / "files") == {"a.png": "not this one"}
 
@@ -207,7 +208,7 @@ def test_odd_files_are_kept_or_counted(tmp_path: Path) -> None:
         "smaller than asked for": ["small.bmp"],
         "longer and thinner than asked for": ["thin.tif"],
     }
-    assert report.noted == {
+    assert report.noted.to_json() == {
         "the first of several pictures in one file": {"count": 1, "first": ["animated.gif"]},
         "a name that ends like another format": {"count": 1, "first": ["named.jpg"]},
     }
@@ -217,7 +218,7 @@ def test_odd_files_are_kept_or_counted(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report.to_json()
     assert "1 x too many pixels: bomb.png" in str(report)
     fewer = from_folder(photos, tmp_path / "fewer", FolderOptions(max_pixels=100, caption_from="files"))
-    assert fewer.skipped["too many pixels"]["first"] == ["bomb.png", "cut.jpg", "thin.tif", "turned.jpg"]
+    assert fewer.skipped.to_json()["too many pixels"]["first"] == ["bomb.png", "cut.jpg", "thin.tif", "turned.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_resizing_makes_larger_images_smaller_and_upright(
         assert stored.mode == {"a.png": "L", "b.jpg": "RGB"}[sample.metadata["file"]]
         assert stored.size == tuple(max(1, round(side * resize / min(size))) for side in size)
         assert not stored.getexif()
-    assert report.noted.get("resized", {"count": 0})["count"] == 2 * (min(width, height) > resize)
+    assert report.noted.to_json().get("resized", {"count": 0})["count"] == 2 * (min(width, height) > resize)
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:

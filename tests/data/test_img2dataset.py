@@ -108,10 +108,10 @@ def test_images_that_cannot_be_read_are_counted_by_reason(
         3: "not an image of a known format",
         4: "damaged image",
     }
-    assert "4 of 5 samples cannot be decoded: 2 x damaged image, first 0.tar: sample c: " in caplog.text
-    assert "1 x empty file, first 0.tar: sample b: " in caplog.text
+    assert "4 of 5 samples cannot be decoded: 2 x damaged image: 0.tar: sample c: " in caplog.text
+    assert "1 x empty file: 0.tar: sample b: " in caplog.text
     found = info(tmp_path)["splits"][tmp_path.name]["unreadable"]  # of headers alone
-    assert found["empty file"] == {"count": 1, "first": f"{tmp_path}/0.tar, sample b"}
+    assert found["empty file"] == {"count": 1, "first": [f"{tmp_path}/0.tar, sample b"]}
     assert {problem.sample for problem in verify(tmp_path).problems} == {"b", "c", "d", "e"}
     preview(tmp_path, tmp_path / "sheet.png")
     gc.collect()
