@@ -39,7 +39,6 @@ class Chime(Modality):
     kind: ClassVar[str] = "chime"
     name: ClassVar[str] = "chime"
     representation = Discrete(len(NOTES))
-    grid_rank = 1
     fixed_grid = (3,)
 
     def encode_batch(self, items: Sequence[str]) -> list[Tokens]:

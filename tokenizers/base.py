@@ -56,7 +56,6 @@ class Modality(ABC):
     kind: ClassVar[str]
     name: ClassVar[str]
     representation: Discrete | Continuous
-    grid_rank: ClassVar[int]
 
     @property
     @abstractmethod

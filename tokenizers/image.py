@@ -96,7 +96,6 @@ class ImageTokenizer(Modality):
 
     kind = "conv_vq"
     name = "image"
-    grid_rank = 2
 
     def __init__(self, config: ImageTokenizerConfig, codec: "Codec") -> None:
         self.config = config

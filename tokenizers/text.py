@@ -33,7 +33,6 @@ class SentencePieceTokenizer(Modality):
 
     kind = "sentencepiece"
     name = "text"
-    grid_rank = 1
 
     def __init__(self, model: bytes) -> None:
         from sentencepiece import SentencePieceProcessor

@@ -18,7 +18,7 @@ from omniform.tokenizers.vocabulary import Vocabulary
 class ByteText(Modality):
     """Text as its UTF-8 bytes."""
 
-    kind, name, grid_rank = "byte_text", "text", 1
+    kind, name = "byte_text", "text"
     representation = Discrete(256)
     fixed_grid = None
 
@@ -47,7 +47,7 @@ class ByteText(Modality):
 class Nibbles(Modality):
     """A payload of two bytes as a 2 x 2 grid of 4-bit codes, rotated by `turn`; other payloads are damaged."""
 
-    kind, name, grid_rank = "nibbles", "image", 2
+    kind, name = "nibbles", "image"
     representation = Discrete(16)
     fixed_grid = (2, 2)
 

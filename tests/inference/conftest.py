@@ -27,7 +27,6 @@ class ByteText(Modality):
     kind: ClassVar[str] = "bytes"
     name: ClassVar[str] = "text"
     representation = Discrete(256)
-    grid_rank = 1
     fixed_grid = None
 
     def encode_batch(self, items: Sequence[str]) -> list[Tokens]:
@@ -55,7 +54,6 @@ class GrayLevels(Modality):
     kind: ClassVar[str] = "gray"
     name: ClassVar[str] = "image"
     representation = Discrete(8)
-    grid_rank = 2
     fixed_grid = (2, 2)
 
     def from_pil(self, image: Image.Image) -> Tensor:

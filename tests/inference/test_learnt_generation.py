@@ -29,7 +29,6 @@ class Melody(Modality):
     kind: ClassVar[str] = "melody"
     name: ClassVar[str] = "melody"
     representation = Discrete(8)
-    grid_rank = 1
     fixed_grid = (3,)
 
     def encode_batch(self, items: Sequence[str]) -> list[Tokens]:

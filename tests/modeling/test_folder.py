@@ -50,14 +50,12 @@ class _Stored(Modality):
 class StoredText(_Stored):
     kind: ClassVar[str] = "stored_text"
     name: ClassVar[str] = "text"
-    grid_rank: ClassVar[int] = 1
     fixed_grid = None
 
 
 class StoredImage(_Stored):
     kind: ClassVar[str] = "stored_image"
     name: ClassVar[str] = "image"
-    grid_rank: ClassVar[int] = 2
     fixed_grid = (2, 2)
 
 
