@@ -182,7 +182,7 @@ def _drawing(
         rotation, scale = round(MAX_ROTATION * float(turn), 3), round(1 + MAX_SCALING * float(size), 3)
         shift = [round(MAX_SHIFT * float(pixels), 3) for pixels in move]
         image = warped(image, rotation, scale, shift)
-    warp = {"rotation": rotation, "scale": scale, "shift": shift}
+    warp: dict[str, float | list[float]] = {"rotation": rotation, "scale": scale, "shift": shift}
     return RawSpan("image", payload=_png(image), extension="png"), warp
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from omniform.data.sealed import write_atomically
 from omniform.data.shards import ShardReader
 from omniform.errors import OmniformError
+from omniform.inference.document_evaluation import evaluate_documents
 from omniform.inference.generate import Model
 from omniform.inference.judges import (
     DigitImageJudge,
@@ -84,11 +85,13 @@ def evaluate_any_to_any(
     Returns:
         The content of metrics.json: {"suite", "split", "seed", "cells": {"text->image": {"accuracy", "n", "ci95",
         "chance", "ceiling", "copy_rate", "copy_rate_held_out", "macro_accuracy", "per_class"}, ...}}.
+        Without `cells`, and where the model has learnt what follows a part, also "documents": see `evaluate_documents`.
 
     Raises:
         OmniformError: an unknown cell, a split that is not held out, data that is not there or has no digits to score
             by, a model without images, or a folder as `out`.
     """
+    whole = cells is None
     if cells is None:
         cells = [cell for cell in CELLS if cell != "text->text" or (data_dir / f"{split}-text").exists()]
     if unknown := [cell for cell in cells if cell not in CELLS]:
@@ -124,6 +127,19 @@ def evaluate_any_to_any(
             for prompt, reply, digit, answer in zip(prompts, replies, items.digits.tolist(), judged, strict=True)
         ][:N_SHOWN]
     metrics = {"suite": "any-to-any", "split": split, "seed": seed, "cells": scored}
+    if whole and model.network.config.next_span_weight and (data_dir / f"{split}-documents").exists():
+
+        def digits_of(images: Sequence[Image.Image]) -> npt.NDArray[np.int64]:
+            return judge.predict(_pixels([_item(model, image) for image in images]))
+
+        folder = data_dir / f"{split}-documents"
+        metrics["documents"], continued = evaluate_documents(model, folder, digits_of, seed=seed, limit=limit)
+        told = [
+            {**vars(document), "prompt": _told(model, document.prompt), "reply": _told(model, document.reply)}
+            for document in continued
+        ]
+        if out is not None:
+            write_atomically(out.with_name("documents.json"), json.dumps(told, indent=1).encode() + b"\n")
     if out is not None:
         write_atomically(out.with_name("samples.json"), json.dumps(shown, indent=1).encode() + b"\n")
         write_atomically(out, json.dumps(metrics, indent=2).encode() + b"\n")
@@ -189,6 +205,10 @@ def _item(model: Model, image: Image.Image) -> Tensor:
 def _pixels(images: Sequence[Tensor]) -> npt.NDArray[np.float32]:
     """Return gray images (N, 16, 16) in [-1, 1], as judges see them."""
     return at_judged_size(torch.stack(list(images)).mean(dim=1).numpy())
+
+
+def _told(model: Model, parts: Sequence[ContentPart]) -> list[dict[str, str]]:
+    return [_tell(model, part) for part in parts]
 
 
 def _tell(model: Model, part: ContentPart) -> dict[str, str]:

@@ -181,13 +181,15 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"override {override!r} cannot be read, expected dotted.key=value, for example optim.lr=1e-3")
     node: Any = content
+    group: Any = content
+    place: Any = None
     for depth, key in enumerate(keys):
         where = ".".join(keys[:depth])
         if isinstance(node, list) and not (key.isdigit() and int(key) < len(node)):
             raise ConfigError(f"override {path}: {where} has the entries 0 to {len(node) - 1}, not {key}")
         if not isinstance(node, list | dict):
             raise ConfigError(f"override {path}: {where} is a value, not a group of keys")
-        group, place = node, int(key) if isinstance(node, list) else key
+        group, place = node, (int(key) if isinstance(node, list) else key)
         node = node[place] if isinstance(node, list) else node.setdefault(place, {})
     try:
         group[place] = yaml.safe_load(text)

@@ -128,7 +128,7 @@ def _stages(out: Path, size: str) -> list[Stage]:
     copies, limit = (1, 20) if tiny else (16, None)
     configs = {f"{name} tokenizer": f"tokenizers/digits-{name}" for name in MODALITIES} | {"model": "digits"}
     # The text tokenizer is not trained in steps.
-    short = {"image tokenizer": _TINY_STEPS, "model": _TINY_STEPS} if tiny else {}
+    short = {"image tokenizer": _TINY_STEPS, "model": (*_TINY_STEPS, "stages.0.steps=2")} if tiny else {}
     overrides = {name: [*_moved_to(out, file), *short.get(name, ())] for name, file in configs.items()}
     recipe = {
         name: [(CONFIGS / f"{file}.yaml").read_text(encoding="utf-8"), overrides[name]]
