@@ -38,6 +38,8 @@ figure.wrong { border-left-color: var(--wrong); }
 figure img { width: 64px; height: 64px; image-rendering: pixelated; display: block; border-radius: .25rem; }
 figcaption { font-size: .82rem; line-height: 1.35; margin-top: .35rem; overflow-wrap: anywhere; }
 figcaption em { font-style: normal; font-weight: 600; color: var(--right); } .wrong em { color: var(--wrong); }
+.documents { display: grid; gap: .5rem; margin: .5rem 0; }
+.turns { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem; } .turns span { font-size: .88rem; }
 .wide { max-width: 100%; image-rendering: pixelated; border-radius: .4rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem; }
 svg { width: 100%; height: auto; background: var(--panel); border-radius: .5rem; }
@@ -53,8 +55,8 @@ def write_report(folder: Path, commands: Sequence[str], note: str = "") -> Path:
     """Write report.html from what the demo left in `folder`, and return its path.
 
     Args:
-        folder: holds metrics.json, samples.json, stages.json, and log.jsonl files and tokenizer figures where there
-            are any.
+        folder: holds metrics.json, samples.json, stages.json, and documents.json, log.jsonl files and tokenizer
+            figures where there are any.
         commands: what repeats the run, shown as it is.
         note: what a reader must know before the figures.
     """
@@ -65,6 +67,7 @@ def write_report(folder: Path, commands: Sequence[str], note: str = "") -> Path:
         _drawn(folder / "samples" / "images.png"),
         _cells(metrics),
         _samples(samples),
+        _documents(metrics, folder / "documents.json"),
         _tokenizers(folder),
         _curves(folder),
         _stages(stages),
@@ -85,7 +88,11 @@ def cells_as_text(metrics: Mapping[str, Any]) -> str:
     rows = [("cell", "accuracy", "95% interval", "n", "chance", "ceiling", "of ceiling", "copies (real held-out)")]
     rows += [(name, *_figures(cell)) for name, cell in metrics["cells"].items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)) for row in rows)
+    lines = ["  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)) for row in rows]
+    for kind, figures in metrics.get("documents", {}).items():
+        told = ", ".join(f"{name} {_percent(figure['accuracy'])}" for name, figure in figures.items())
+        lines.append(f"documents, {kind}: {told} of {next(iter(figures.values()))['n']}")
+    return "\n".join(lines)
 
 
 def _figures(cell: Mapping[str, Any]) -> tuple[str, ...]:
@@ -175,6 +182,45 @@ def _sample(entry: Mapping[str, Any]) -> str:
     return f"<figure{' class=wrong' if wrong else ''}>{pictures}<figcaption>{texts}<br>{shown}</figcaption></figure>"
 
 
+def _documents(metrics: Mapping[str, Any], path: Path) -> str:
+    """Show how the model goes on with documents of texts and pictures, where it was asked to."""
+    if "documents" not in metrics:
+        return ""
+    rows = []
+    for kind, figures in metrics["documents"].items():
+        for name, figure in figures.items():
+            low, high = figure["ci95"]
+            others = ("-" if figure[key] is None else _percent(figure[key]) for key in ("chance", "ceiling"))
+            interval = f"{_percent(low)} - {_percent(high)}"
+            rows.append((f"{kind}: {name}", _percent(figure["accuracy"]), interval, str(figure["n"]), *others))
+    shown = "".join(map(_document, _read_json(path)))
+    return (
+        "<h2>Documents of texts and pictures</h2>"
+        + _table(("", "accuracy", "95% interval", "n", "chance", "ceiling"), rows)
+        + '<p class="note">counting: given a text and a picture, is the next digit named, is it drawn, do both agree? '
+        "naming: given a text that names no digit, does the model's text name what its own picture shows? free: given "
+        "the first text, the model chooses what comes and when to end. Below, what was given stands before the bar; "
+        "the first of each kind, as they came.</p>"
+        f'<div class="documents">{shown}</div>'
+    )
+
+
+def _document(entry: Mapping[str, Any]) -> str:
+    def cells(parts: Sequence[Mapping[str, str]]) -> str:
+        return "".join(
+            f'<img src="{html.escape(part["image"])}" alt="">'
+            if "image" in part
+            else f"<span>{html.escape(_shortened(part['text']))}</span>"
+            for part in parts
+        )
+
+    verdict = f"<em>{html.escape(entry['kind'])}: {'right' if entry['right'] else 'wrong'}</em>"
+    return (
+        f"<figure{'' if entry['right'] else ' class=wrong'}><div class=turns>{cells(entry['prompt'])}<b>|</b>"
+        f"{cells(entry['reply'])}</div><figcaption>{verdict}</figcaption></figure>"
+    )
+
+
 def _shortened(text: str) -> str:
     """Return at most `_LONGEST_TEXT` characters, all of which can be shown."""
     shown = "".join(character if character.isprintable() else "\ufffd" for character in text)
@@ -210,17 +256,24 @@ def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, f
 
 
 def _curves(folder: Path) -> str:
-    charts = []
+    charts, notes = [], []
     for log in sorted(folder.rglob("log.jsonl")):
         run = log.parent.relative_to(folder).as_posix()
         series: dict[str, list[tuple[float, float]]] = {}
+        stages: dict[str, int] = {}
         for line in log.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
+            if "stage" in record:
+                stages[record["stage"]] = record["step"]
             for key, value in record.items():
                 if key.startswith("loss/") and value is not None:
                     series.setdefault(key.removeprefix("loss/"), []).append((record["step"], value))
         charts += [line_chart(points, f"{run}: {name}") for name, points in series.items()]
-    parts = [f'<h2>Loss while training</h2><div class="charts">{"".join(charts)}</div>'] if charts else []
+        if stages:
+            told = ", ".join(f"{html.escape(name)} to step {last}" for name, last in stages.items())
+            notes.append(f'<p class="note">Stages of {run}: {told}.</p>')
+    shown = f'<h2>Loss while training</h2>{"".join(notes)}<div class="charts">{"".join(charts)}</div>'
+    parts = [shown] if charts else []
     pictures = sorted(folder.glob("run/samples/step-*/images.png"), key=lambda path: int(path.parent.name[5:]))
     if pictures:
         parts.append('<h3>What the model drew on the way</h3><p class="note">The same prompts and noise each time.</p>')

@@ -131,3 +131,30 @@ def test_ticks_are_few_and_inside_their_range(low: float, length: float) -> None
     assert 2 <= len(ticks) <= 6
     slack = 1e-6 * (abs(low) + length)
     assert all(low - slack <= tick <= low + length + slack for tick in ticks)
+
+
+def test_documents_and_stages_are_shown_with_their_figures(tmp_path: Path) -> None:
+    figure = {"accuracy": 0.25, "n": 4, "ci95": [0.05, 0.7], "chance": 0.1, "ceiling": 0.9}
+    free = {"right": {**figure, "chance": None, "ceiling": None}}
+    metrics = {**METRICS, "documents": {"counting": {"named": figure, "drawn": figure}, "free": free}}
+    prompt, reply = [{"text": "<three>"}, {"image": PIXEL}], [{"text": "next is four"}, {"image": PIXEL}]
+    entries = [
+        {"kind": "counting", "prompt": prompt, "reply": reply, "judged": [4, 4], "right": right} for right in (1, 0)
+    ]
+    for name, content in (("metrics", metrics), ("samples", SAMPLES), ("stages", {}), ("documents", entries)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    stages = {"data": {"seconds": 1.0, "peak_mib": 1.0}}
+    (tmp_path / "stages.json").write_text(json.dumps(stages))
+    log = [{"step": 2, "stage": "a", "loss/text": 2.0}, {"step": 4, "stage": "b", "loss/text": 1.0}]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    page = Balanced()
+    html = write_report(tmp_path, []).read_text()
+    page.feed(html)
+    assert not page.open
+    assert "Stages of run: a to step 2, b to step 4." in page.text
+    assert "&lt;three&gt;" in html
+    for expected in ("counting: named", "free: right", "counting: right", "counting: wrong", "5.0% - 70.0%"):
+        assert expected in page.text
+    lines = cells_as_text(metrics).splitlines()
+    assert lines[-2:] == ["documents, counting: named 25.0%, drawn 25.0% of 4", "documents, free: right 25.0% of 4"]
