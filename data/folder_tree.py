@@ -88,6 +88,6 @@ class FolderTree:
                     raise FileError("not a plain file", path)
                 if status.st_size > max_bytes:
                     raise FileError("file too large", path, f"{status.st_size} bytes, expected at most {max_bytes}")
-                return file.read(max_bytes)
+                return file.read(status.st_size)
         except OSError as error:
             raise FileError("cannot be read", path, error.strerror or "") from error

@@ -1,6 +1,6 @@
 """A folder of captioned images -> shards to train on, with an account of every file that was left out.
 
-    omniform data from-folder photos --out runs/photos/data --validation 0.05
+    omniform data from-folder photos --out runs/photos-data --validation 0.05
 
 The same folder gives the same bytes. Images are stored as they are (their metadata too) unless they are resized, and
 every one is decoded once, so that training meets none that it cannot read.

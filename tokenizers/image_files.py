@@ -23,7 +23,7 @@ Fit = Literal["crop", "pad", "stretch"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 2**27
-MAX_PIXELS = 2**26  # decoding takes up to some 16 bytes per pixel
+MAX_PIXELS = 2**26  # decoding takes up to 24 bytes per pixel (WebP)
 MAX_JPEG_SCANS = 100  # each scan costs a pass over all pixels, and a few bytes can ask for one
 TIFF_COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate")
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
@@ -234,6 +234,9 @@ def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
+    stored = image.info.get("exif")
+    if isinstance(stored, bytes):
+        Image.Exif().load(stored)  # Pillow passes over damage in some JPEG files, but not in all
     value = image.getexif().get(_EXIF_ORIENTATION)
     return value if isinstance(value, int) and value in _UPRIGHT else 1
 

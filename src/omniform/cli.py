@@ -351,7 +351,7 @@ def data_from_folder(
 ) -> None:
     """Turn a folder of captioned images into shards to train on, and say what was left out and why.
 
-    omniform data from-folder photos --out runs/photos/data --validation 0.05
+    omniform data from-folder photos --out runs/photos-data --validation 0.05
     """
     from omniform.data.from_folder import FolderOptions, from_folder
 

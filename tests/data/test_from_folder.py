@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -302,6 +303,18 @@ def test_the_same_folder_gives_the_same_bytes_and_new_files_move_none(tmp_path: 
     assert validation != set(captions(tmp_path / "seed", "validation"))
     keys = [s.key for split in ("train", "validation") for s in ShardReader(tmp_path / "one" / "out" / split)]
     assert len(set(keys)) == 200
+
+
+def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    for n in range(40):  # 1 MB each, in one shard
+        Image.fromarray(noise).save(tmp_path / f"{n}.bmp")
+    tracemalloc.start()
+    try:
+        from_folder(tmp_path, tmp_path.with_name("out"), FolderOptions(captionless="keep"))
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
