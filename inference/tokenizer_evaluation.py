@@ -58,9 +58,8 @@ def evaluate_tokenizer(folder: Path, data_dir: Path, split: str = "test", *, out
         before, after = _gray(items), _gray(decoded)
         figures["bits_per_pixel"] = figures["bits_per_item"] / before[0].size
         mean_psnr = float(np.mean([psnr(a, b) for a, b in zip(before, after, strict=True)]))
-        figures["psnr_db"] = (
-            mean_psnr if math.isfinite(mean_psnr) else None
-        )  # an exact round trip; JSON has no infinity
+        # An exact round trip has an infinite PSNR, which JSON cannot hold.
+        figures["psnr_db"] = mean_psnr if math.isfinite(mean_psnr) else None
         figures["ssim"] = float(np.mean([ssim(a, b) for a, b in zip(before, after, strict=True)]))
         if digits is not None:
             train_items, train_digits = _read(tokenizer, data_dir / "train")
