@@ -120,8 +120,8 @@ def read_index(shard: Path, index_dir: Path | None = None) -> ShardIndex:
     """Read the stored index of `shard`.
 
     Raises:
-        DataError: there is none, it is damaged, of another version or another shard, or places a member outside of its
-            sample.
+        DataError: there is none, it is damaged, of another version or another shard, or places a sample or member
+            outside of what holds it.
     """
     path = index_path(shard, index_dir)
     command = f"run `omniform data index {shard.parent}{'' if index_dir is None else f' --index-dir {index_dir}'}`"
@@ -142,8 +142,9 @@ def read_index(shard: Path, index_dir: Path | None = None) -> ShardIndex:
         where = "/".join(map(str, first["loc"]))
         raise DataError(f"{path} is no index of a shard ({where or 'its head'}: {first['msg']}): {command}") from error
     for record in samples:
-        if any(start + length > record.size for start, length in record.members.values()):
-            raise DataError(f"{path} places a member of sample {record.key!r} outside of that sample: {command}")
+        ends = (start + length for start, length in record.members.values())
+        if record.offset + record.size > size or any(end > record.size for end in ends):
+            raise DataError(f"{path} places sample {record.key!r} or a member of it outside of its bounds: {command}")
     return ShardIndex(shard, size, digest, samples)
 
 

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from omniform.data.index import SampleRecord, ShardIndex, index_path, index_shard, read_index, shard_folders
 from omniform.data.schema import DataError, SampleError
 from omniform.data.sealed import seal, unseal, write_atomically
@@ -14,6 +16,15 @@ from omniform.tokenizers.base import TokenizerError
 from omniform.tokenizers.image_files import read_picture
 
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file of a manifest: its path below the folder with /, its size in bytes and its digest."""
+
+    path: str
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,8 @@ def verify(folder: Path, index_dir: Path | None = None) -> Report:
 def write_manifest(folder: Path, about: dict[str, Any]) -> None:
     """Write a sealed manifest: what `about` says, and the size and digest of every file below `folder`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = [{"path": _name(folder, p), "size": p.stat().st_size, "sha256": file_digest(p)} for p in paths]
-    write_atomically(folder / MANIFEST, seal({**about, "files": files}))
+    files = [ListedFile(_name(folder, path), path.stat().st_size, file_digest(path)) for path in paths]
+    write_atomically(folder / MANIFEST, seal({**about, "files": [asdict(file) for file in files]}))
 
 
 def _name(folder: Path, path: Path) -> str:
@@ -87,17 +98,18 @@ def _name(folder: Path, path: Path) -> str:
 
 def _manifest_problems(folder: Path) -> list[Problem]:
     try:
-        listed = unseal(folder / MANIFEST, "build the data again")["files"]
-    except DataError as error:
+        files = unseal(folder / MANIFEST, "build the data again").get("files")
+        listed = TypeAdapter(list[ListedFile]).validate_python(files)
+    except (DataError, ValidationError) as error:
         return [Problem(MANIFEST, None, str(error))]
     problems = []
     for entry in listed:
-        path = folder / entry["path"]
+        path = folder / entry.path
         if not path.is_file():
-            problems.append(Problem(entry["path"], None, "is missing, but the manifest lists it"))
-        elif file_digest(path) != entry["sha256"]:
-            problems.append(Problem(entry["path"], None, "does not match its digest in the manifest"))
-    extra = {_name(folder, path) for path in folder.glob("*/*.tar")} - {entry["path"] for entry in listed}
+            problems.append(Problem(entry.path, None, "is missing, but the manifest lists it"))
+        elif file_digest(path) != entry.sha256:
+            problems.append(Problem(entry.path, None, "does not match its digest in the manifest"))
+    extra = {_name(folder, path) for path in folder.glob("*/*.tar")} - {entry.path for entry in listed}
     return problems + [Problem(path, None, "is not listed in the manifest") for path in sorted(extra)]
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,7 +28,6 @@ from omniform.data.inspect import info, preview
 from omniform.data.schema import DataError
 from omniform.data.shards import ShardReader
 from omniform.data.verify import verify
-from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 from omniform.training.run import train
 from omniform.training.tokenizer_task import train_tokenizer
 
@@ -391,6 +389,10 @@ def test_the_command_reports_and_fails_where_nothing_is_kept(tmp_path: Path) -> 
     assert not (tmp_path / "none").exists()
 
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = ["steps=2", "optim.warmup_steps=1", "rows_per_step=2", "engine.micro_batch_rows=2", "engine.precision=fp32"]
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """The engine asks for a fixed number of threads."""
@@ -416,27 +418,10 @@ def test_what_comes_out_trains_at_once(tmp_path: Path) -> None:
     assert splits["train"]["image_sizes"] == {"30x20": splits["train"]["samples"]}
     with Image.open(preview(data, tmp_path / "sheet.png")) as sheet:
         assert sheet.getextrema()[0] == (0, 255)
-    text = {"kind": "sentencepiece", "name": "text", "data": [f"{data}/train"], "corpora": ["python-topics"]}
-    (tmp_path / "text.yaml").write_text(yaml.safe_dump({**text, "vocab_size": 400}))
-    train_tokenizer(tmp_path / "text.yaml", out=tmp_path / "text")
-    image_config = ImageTokenizerConfig(channels=3, image_size=16, widths=(8, 8), fit="pad")
-    ImageTokenizer(image_config, image_config.build()).save(tmp_path / "image")
-    config = {
-        "name": "photos",
-        "steps": 2,
-        "rows_per_step": 2,
-        "model": {
-            "decoder": {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "ffn_dim": 24},
-            "objectives": {"text": "next_token", "image": "masked"},
-        },
-        "tokenizers": {"text": f"{tmp_path}/text/tokenizer", "image": f"{tmp_path}/image"},
-        "data": {
-            "row_length": 96,
-            "sources": [{"path": f"{data}/train", "tasks": {"text->image": 1.0, "image->text": 1.0}}],
-        },
-        "engine": {"precision": "fp32", "micro_batch_rows": 2},
-        "cache_dir": f"{tmp_path}/tokens",
-    }
-    (tmp_path / "photos.yaml").write_text(yaml.safe_dump(config))
-    model = omniform.load(str(train(tmp_path / "photos.yaml", out=tmp_path / "run")))
-    assert model.generate("a red picture", to="image", seed=0).images[0].size == (16, 16)
+    text, image = (tmp_path / "text", tmp_path / "image")
+    train_tokenizer(CONFIGS / "tokenizers" / "photos-text.yaml", [f"data=[{data}/train]"], out=text)
+    train_tokenizer(CONFIGS / "tokenizers" / "photos-image.yaml", [f"data={data}/train", *SMALL], out=image)
+    sources = [f"tokenizers.{name}={tmp_path}/{name}/tokenizer" for name in ("text", "image")]
+    sources += [f"data.sources.0.path={data}/train", f"cache_dir={tmp_path}/tokens", "model.decoder.n_layers=1"]
+    model = omniform.load(str(train(CONFIGS / "photos.yaml", [*sources, *SMALL], out=tmp_path / "run")))
+    assert model.generate("a red picture", to="image", seed=0, steps=1).images[0].size == (64, 64)

@@ -103,14 +103,22 @@ def test_a_sealed_index_of_anything_else_is_no_surprise(tmp_path: Path, data: st
         path.write_bytes(intact)
 
 
-def test_an_index_that_reaches_out_of_its_sample_is_refused(tmp_path: Path) -> None:
+def test_an_index_that_reaches_out_of_its_sample_or_shard_is_refused(tmp_path: Path) -> None:
     path = index_path(write(tmp_path, 2) / "000000.tar")
-    content = json.loads(path.read_bytes())
-    del content["sha256"]
-    content["samples"][1]["members"]["json"][1] = 2**20
-    path.write_bytes(seal(content))
-    with pytest.raises(DataError, match=r"places a member of sample 'k1' outside .*omniform data index"):
-        ShardReader(tmp_path)
+    intact = json.loads(path.read_bytes())
+    del intact["sha256"]
+    for wrong in ({"members": {"json": [512, 2**20]}}, {"size": 2**60}, {"offset": 2**60}):
+        first, second = intact["samples"]
+        path.write_bytes(seal({**intact, "samples": [first, {**second, **wrong}]}))
+        with pytest.raises(DataError, match=r"places sample 'k1' or a member of it outside .*omniform data index"):
+            ShardReader(tmp_path)
+
+
+@pytest.mark.parametrize("files", [None, 3, [3], [{"path": "x"}], [{"path": 1, "size": 1, "sha256": ""}]])
+def test_a_manifest_of_anything_else_is_a_problem(tmp_path: Path, files: object) -> None:
+    write(tmp_path / "train")
+    (tmp_path / "manifest.json").write_bytes(seal({"files": files}))
+    assert [problem.file for problem in verify(tmp_path).problems] == ["manifest.json"]
 
 
 @pytest.fixture(scope="module")
