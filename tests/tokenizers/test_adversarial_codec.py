@@ -70,6 +70,18 @@ def test_one_step_gives_each_side_the_gradient_that_turns_would() -> None:
             torch.testing.assert_close(together[f"{side}.{name}"], gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_autocast_changes_no_gradient_but_by_rounding() -> None:
+    module, pixels = build(), images(5)
+    exact = gradients(module, sum(module(pixels).values()))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = module(pixels)
+    rounded = gradients(module, sum(losses.values()))
+    assert rounded.keys() == exact.keys()
+    for name, gradient in exact.items():
+        if gradient.norm() > 0.1:
+            assert F.cosine_similarity(gradient.flatten(), rounded[name].flatten(), dim=0) > 0.95, name
+
+
 @given(n=st.integers(2, 6))
 def test_each_term_is_a_sum_over_images(n: int) -> None:
     module, pixels = build(), images(n)

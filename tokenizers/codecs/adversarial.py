@@ -63,13 +63,12 @@ class AdversarialCodec(nn.Module):
         The discriminator's is max(0, 1 - score) of images + max(0, 1 + score) of reconstructions.
         """
         reconstruction, losses = self.codec.reconstruct(pixels)
+        *features, scores = self.discriminator(torch.cat([pixels, reconstruction.detach()]))
+        real, fake = scores.float().chunk(2)
         frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         *of_fake, score = torch.func.functional_call(self.discriminator, frozen, (reconstruction,))
-        with torch.no_grad():
-            *of_real, _ = self.discriminator(pixels)
+        of_real = [feature.detach().chunk(2)[0] for feature in features]
         distances = [_mean_per_image((a.float() - b.float()).square()) for a, b in zip(of_fake, of_real, strict=True)]
-        *_, scores = self.discriminator(torch.cat([pixels, reconstruction.detach()]))
-        real, fake = scores.float().chunk(2)
         return {
             **losses,
             "adversarial": -_mean_per_image(score.float()).sum(),
