@@ -47,10 +47,11 @@ def evaluate_documents(
     """Let a model go on with held-out documents, and return figures and the first replies of each kind.
 
     "counting" gives the first text and picture of a document that counts, and asks for a text and a picture: is the
-    next digit `named`, is it `drawn`, and do both `agree`, right or not? "naming" gives a text that names no digit, and
-    asks for a picture and a text: does the text name what the model itself has drawn? "free" gives the first text of a
-    document that counts and lets the model choose what comes, until it ends the document: does it draw and write in
-    `turns`, two to four pictures in all, and is each part `right`?
+    next digit `named`, is it `drawn`, and do both `agree`, right or not? "naming" gives a text that names no digit:
+    does the text after the real picture name what it shows (`read`), and where the model draws the picture too,
+    whatever it likes, does its text name what the judge sees in it (`agree`)? "free" gives the first text of a document
+    that counts and lets the model choose what comes, until it ends the document: does it draw and write in `turns`, two
+    to four pictures in all, and is each part `right`?
 
     Args:
         folder: documents of a held-out split.
@@ -58,9 +59,9 @@ def evaluate_documents(
         limit: use only so many documents of each kind, spread evenly.
 
     Returns:
-        {"counting": {"named": {"accuracy", "n", "ci95", "chance", "ceiling"}, "drawn", "agree"}, "naming": {"agree"},
-        "free": {"turns", "right"}}; the ceiling is the judge's accuracy on the real pictures where a picture is judged,
-        and 1 elsewhere, chance a guess among ten digits where one digit is guessed.
+        {"counting": {"named": {"accuracy", "n", "ci95", "chance", "ceiling"}, "drawn", "agree"},
+        "naming": {"read", "agree"}, "free": {"turns", "right"}}; the ceiling is the judge's accuracy on real pictures
+        where a picture is judged, and 1 elsewhere; chance is a guess among ten digits where one digit is guessed.
 
     Raises:
         OmniformError: no shards, or documents of no known kind.
@@ -88,10 +89,15 @@ def evaluate_documents(
         for prompt, reply, text, image, wanted in zip(prompts, replies, named, drawn, following, strict=True)
     ][:N_SHOWN]
 
+    replies = model.generate_batch([[_text(d), _picture(model, d)] for d in naming], "text", seed=seed)
+    read = [a == d.metadata["digits"][0] for a, d in zip(_named(replies), naming, strict=True)]
     beginnings = [_text(d) for d in naming]
     replies = model.generate_batch(beginnings, ["image", "text"], seed=seed)
     named, drawn = _named(replies), digits_of([reply.images[0] for reply in replies]).tolist()
-    figures["naming"] = {"agree": _figure([a == b for a, b in zip(named, drawn, strict=True)], CHANCE, ceiling)}
+    figures["naming"] = {
+        "read": _figure(read, CHANCE, ceiling),
+        "agree": _figure([a == b for a, b in zip(named, drawn, strict=True)], CHANCE, ceiling),
+    }
     shown += [
         Continued("naming", (prompt,), reply.parts, (image, text), text == image)
         for prompt, reply, text, image in zip(beginnings, replies, named, drawn, strict=True)

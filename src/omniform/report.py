@@ -198,7 +198,8 @@ def _documents(metrics: Mapping[str, Any], path: Path) -> str:
         "<h2>Documents of texts and pictures</h2>"
         + _table(("", "accuracy", "95% interval", "n", "chance", "ceiling"), rows)
         + '<p class="note">counting: given a text and a picture, is the next digit named, is it drawn, do both agree? '
-        "naming: given a text that names no digit, does the model's text name what its own picture shows? free: given "
+        "naming: given a text that names no digit, is the real picture after it read, and does the model's text name "
+        "what it has drawn there itself, with no digit asked for? free: given "
         "the first text, the model chooses what comes and when to end. Below, what was given stands before the bar; "
         "the first of each kind, as they came.</p>"
         f'<div class="documents">{shown}</div>'
