@@ -398,7 +398,7 @@ def tokenizer_eval(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="attention, generation, batch_invariance")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="attention, generation, batch_invariance, objectives")],
     as_json: Json = False,
 ) -> None:
     """Measure two ways of doing the same work, in turns in one process, and print the ratio of their times.
