@@ -180,22 +180,20 @@ def _samples(
         try:
             if problem is not None:
                 raise problem
+            caption = captions.find(path)
             payload = tree.read(path, MAX_BYTES)
             header = read_header(payload, options.max_pixels)
-            caption = captions.find(path)
+            if (unfit := _unfit(header, options)) is not None:
+                report.skipped.add(unfit, _printable(path))
+                continue
             if caption is None and options.captionless == "skip":
                 raise FileError("no caption", path)
-            unfit = _unfit(header, options)
-            if unfit is None:
-                content, extension = _stored(payload, header, options.resize)
+            content, extension = _stored(payload, header, options.resize)
         except (FileError, ImageFileError) as error:
             if options.strict:
                 where = "" if isinstance(error, FileError) else f"{path}: "
                 raise DataError(_printable(f"{where}{error}")) from error
             report.skipped.add(error.reason, _printable(path))
-            continue
-        if unfit is not None:
-            report.skipped.add(unfit, _printable(path))
             continue
         for remark, holds in (
             ("the first of several pictures in one file", header.animated),
@@ -251,4 +249,4 @@ def _uniform(path: str, seed: int) -> float:
 
 def _printable(path: str) -> str:
     """Return a path as text that any file can hold: names need not be UTF-8."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    return path.encode(errors="backslashreplace").decode()

@@ -118,12 +118,18 @@ def csv_table(rows: list[dict[str, str]]) -> str:
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_captions_stand_in_one_table(tmp_path: Path, kind: str) -> None:
     rows = [*ROWS, {"file_name": "lost.png", "text": "no such image"}, {"file_name": "c.png", "text": ""}]
+    rows += [{"file_name": name, "text": "not kept"} for name in ("cut.png", "small.png")]
     table = csv_table(rows) if kind == "csv" else "".join(json.dumps(row) + "\n\n" for row in rows)
     images = {name: picture() for name in ("a.png", "in/b.png", "c.png", "d.png")}
+    images |= {"cut.png": picture()[:50], "small.png": picture(size=(2, 2))}
     photos = fill(tmp_path / "photos", {**images, f"metadata.{kind}": table, "a.txt": "not this one"})
-    report = from_folder(photos, tmp_path / "out")
+    report = from_folder(photos, tmp_path / "out", FolderOptions(min_size=3))
     assert captions(tmp_path / "out") == {"a.png": "one, with a comma", "in/b.png": "zwei\nZeilen"}
-    assert reasons(report) == {"no caption": ["c.png", "d.png"]}
+    assert reasons(report) == {
+        "no caption": ["c.png", "d.png"],
+        "damaged image": ["cut.png"],
+        "smaller than asked for": ["small.png"],
+    }
     assert str(report.unused_rows) == "1 x rows of the table without an image: lost.png"
     from_folder(photos, tmp_path / "files", FolderOptions(caption_from="files"))
     assert captions(tmp_path / "files") == {"a.png": "not this one"}
@@ -141,6 +147,7 @@ def test_captions_stand_in_one_table(tmp_path: Path, kind: str) -> None:
         ({"metadata.jsonl": "[]\n"}, "line 1: a list"),
         ({"metadata.jsonl": "{"}, "cannot be read"),
         ({"metadata.jsonl": '{"text": "x"}'}, "line 1: no `file_name`"),
+        ({"metadata.jsonl": '{"file_name": "\\ud800", "text": "x"}'}, "no image could be kept"),
         ({"metadata.jsonl": "", "metadata.csv": ""}, "holds metadata.csv and metadata.jsonl"),
     ],
 )
@@ -274,7 +281,7 @@ def test_names_of_any_bytes_are_kept_apart(tmp_path: Path) -> None:
     for suffix, content in ((b".png", picture()), (b".txt", b"raw")):
         Path(os.fsdecode(raw + suffix)).write_bytes(content)
     from_folder(photos, tmp_path / "out")
-    assert captions(tmp_path / "out") == {"a.b.png": "dots", "ü.png": "u", "\\xff\x1b[31m.png": "raw"}
+    assert captions(tmp_path / "out") == {"a.b.png": "dots", "ü.png": "u", "\\udcff\x1b[31m.png": "raw"}
     assert verify(tmp_path / "out").ok
 
 

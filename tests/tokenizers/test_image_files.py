@@ -273,7 +273,8 @@ def test_other_files_are_refused_by_what_they_begin_with() -> None:
 
 
 @pytest.mark.parametrize(
-    "mode", ["1", "L", "P", "LA", "La", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"]
+    "mode",
+    ["1", "L", "P", "LA", "La", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16", "I;16B"],
 )
 @pytest.mark.parametrize("target", ["L", "RGB"])
 def test_a_picture_of_any_mode_becomes_plain(mode: str, target: str) -> None:
