@@ -12,7 +12,7 @@ from PIL import Image
 from omniform.errors import OmniformError
 from omniform.inference.editing import outpaint
 from omniform.inference.generate import Model, load
-from omniform.inference.protocol import ContentPart, DataPart, ImagePart, TextPart, parse_prompt
+from omniform.inference.protocol import ANY, ContentPart, DataPart, ImagePart, TextPart, parse_prompt
 from omniform.tokenizers.image_files import MAX_BYTES, open_picture
 
 _MODALITY_OF_MEDIA = {"text": "text", "image": "image", "audio": "speech", "video": "video"}
@@ -162,7 +162,7 @@ def _check_destination(out: Path, to: Sequence[str]) -> None:
     file_format = Image.registered_extensions().get(out.suffix.lower())
     if set(to) == {"text"} and file_format is not None:
         raise OmniformError(f"--out {out}: text was asked for, and {out.suffix} is a picture format; use .txt")
-    if "image" in to and file_format not in Image.SAVE:
+    if {"image", ANY} & set(to) and file_format not in Image.SAVE:
         raise OmniformError(f"--out {out}: {out.suffix or 'no suffix'} is no picture format; use .png, .jpg or .webp")
 
 

@@ -115,7 +115,8 @@ def evaluate_documents(
 def _count_freely(model: Model, counting: Sequence[RawSample], digits_of: DigitsOf, seed: int) -> list[Continued]:
     beginnings = [_text(d) for d in counting]
     replies = model.generate_batch(beginnings, ANY, max_parts=MOST_PARTS, seed=seed)
-    drawn = iter(digits_of([image for reply in replies for image in reply.images]).tolist())
+    images = [image for reply in replies for image in reply.images]
+    drawn = iter(digits_of(images).tolist() if images else [])
     found = []
     for document, prompt, reply in zip(counting, beginnings, replies, strict=True):
         judged = [digit_of_text(part.text) if isinstance(part, TextPart) else next(drawn) for part in reply.parts]
