@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -73,29 +73,30 @@ def test_a_batch_invariant_reply_is_the_same_to_the_byte(omni: Model) -> None:
 
 
 @pytest.mark.parametrize("coarse", [False, True], ids=["real rounding", "the coarsest allowed"])
-@pytest.mark.parametrize("keywords", [{"to": ["image", "text"]}, {"to": "text", "top_k": 6, "top_p": 0.9}], ids=str)
-def test_a_reply_that_a_batch_changes_has_a_near_tie(omni: Model, keywords: dict[str, Any], coarse: bool) -> None:
-    n_places, n_changed, n_calm = 60, 0, 0
+def test_a_reply_that_a_batch_changes_has_a_near_tie(omni: Model, coarse: bool) -> None:
+    n_places, n_changed, n_calm = 40, 0, 0
+    keywords: dict[str, Any] = {"max_new_tokens": 5}
     if coarse:
         noise = torch.Generator().manual_seed(0)
         # Logits so close together that rounding turns a choice in many replies, at the temperature that goes with it.
-        keywords = {**keywords, "temperature": 0.006}
+        keywords["temperature"] = 0.004
         with torch.no_grad():
-            omni.network.interface.head.weight.mul_(0.006)
+            omni.network.interface.head.weight.mul_(0.004)
 
         def blur(_module: object, _arguments: object, logits: torch.Tensor) -> torch.Tensor:
             return logits + NEAR_TIE * (torch.rand(logits.shape, generator=noise) - 0.5)
 
         omni.network.interface.head.register_forward_hook(blur)
-    alone = [generate_in(omni, [place], max_new_tokens=5, **keywords)[0] for place in range(n_places)]
-    for batch in batches(n_places, seed=1):
-        replies = generate_in(omni, batch, max_new_tokens=5, **keywords)
-        for reply, solo in zip(replies, (alone[place] for place in batch), strict=True):
-            changed = contents(reply) != contents(solo)
-            assert not changed or (reply.n_near_ties and solo.n_near_ties)
-            n_changed += changed
-            n_calm += not reply.n_near_ties
-    assert n_calm
+    for target in ({"to": ["image", "text"]}, {"to": "text", "top_k": 6, "top_p": 0.9}):
+        alone = [generate_in(omni, [place], **target, **keywords)[0] for place in range(n_places)]
+        for batch in batches(n_places, seed=1):
+            replies = generate_in(omni, batch, **target, **keywords)
+            for reply, solo in zip(replies, (alone[place] for place in batch), strict=True):
+                changed = contents(reply) != contents(solo)
+                assert not changed or (reply.n_near_ties and solo.n_near_ties)
+                n_changed += changed
+                n_calm += not reply.n_near_ties
+    assert n_calm > n_places / 4
     assert n_changed or not coarse
 
 
@@ -105,10 +106,11 @@ def perturbed(settings: SamplingSettings, logits: torch.Tensor, seed: int) -> to
     return logits + half * (2 * torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed)) - 1)
 
 
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**32),
     spacing=st.sampled_from([1.0, 1e-2, NEAR_TIE]),
-    settings=st.builds(
+    chosen=st.builds(
         SamplingSettings,
         temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
         top_k=st.sampled_from([None, 1, 4]),
@@ -116,15 +118,15 @@ def perturbed(settings: SamplingSettings, logits: torch.Tensor, seed: int) -> to
         guidance_scale=st.sampled_from([1.0, 4.0]),
     ),
 )
-def test_choices_without_a_near_tie_survive_rounding(seed: int, spacing: float, settings: SamplingSettings) -> None:
+def test_choices_without_a_near_tie_survive_rounding(seed: int, spacing: float, chosen: SamplingSettings) -> None:
     positions = torch.arange(5)
     logits = torch.randn(5, 12, generator=torch.Generator().manual_seed(seed)) * spacing
-    draw = KeyedDraw(seed, 0, 0, settings)
+    draw = KeyedDraw(seed, 0, 0, chosen)
     choice, log_probability = draw.tokens(logits, 0, positions)
     kept = draw.smallest(log_probability, 2)
     for other in range(5):
-        turned = KeyedDraw(seed, 0, 0, settings)
-        turned_choice, turned_log_probability = turned.tokens(perturbed(settings, logits, other), 0, positions)
+        turned = KeyedDraw(seed, 0, 0, chosen)
+        turned_choice, turned_log_probability = turned.tokens(perturbed(chosen, logits, other), 0, positions)
         if not draw.n_near_ties:
             assert torch.equal(turned_choice, choice)
             assert torch.equal(turned.smallest(turned_log_probability, 2), kept)
