@@ -9,27 +9,21 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-import omniform
 from omniform.cli import app
 from omniform.data.from_folder import FolderOptions, FolderReport, from_folder
-from omniform.data.inspect import info, preview
 from omniform.data.schema import DataError
 from omniform.data.shards import ShardReader
 from omniform.data.verify import verify
-from omniform.training.run import train
-from omniform.training.tokenizer_task import train_tokenizer
 
 
 def picture(
@@ -347,11 +341,11 @@ def test_resizing_makes_larger_images_smaller_and_upright(
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    many(tmp_path / "photos", range(4000))
+    many(tmp_path / "photos", range(3000))
     command = [sys.executable, "-m", "omniform.cli", "data", "from-folder", "photos", "--out", "out"]
     with subprocess.Popen([*command, "--samples-per-shard", "10"], cwd=tmp_path, stderr=subprocess.PIPE) as running:
         assert running.stderr is not None
-        assert running.stderr.readline().endswith(b"image 1\n")  # of 4000
+        assert running.stderr.readline().endswith(b"image 1\n")  # of 3000
         running.send_signal(signal.SIGINT)
         running.communicate()
     assert running.returncode == 130
@@ -394,41 +388,3 @@ def test_the_command_reports_and_fails_where_nothing_is_kept(tmp_path: Path) -> 
     assert done.exit_code != 0
     assert "no image could be kept\n2 images read, 0 kept" in str(done.exception)
     assert not (tmp_path / "none").exists()
-
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-SMALL = ["steps=2", "optim.warmup_steps=1", "rows_per_step=2", "engine.micro_batch_rows=2", "engine.precision=fp32"]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The engine asks for a fixed number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_what_comes_out_trains_at_once(tmp_path: Path) -> None:
-    photos, generator = tmp_path / "photos", np.random.default_rng(0)
-    for n, colour in enumerate(["red", "green", "blue"] * 8):
-        noise = Image.fromarray(generator.integers(0, 60, (20, 30, 3), dtype=np.uint8))
-        file = io.BytesIO()
-        Image.blend(noise, Image.new("RGB", noise.size, colour), 0.7).save(file, ("PNG", "JPEG", "GIF", "BMP")[n % 4])
-        fill(photos, {f"{n}.{('png', 'jpg', 'gif', 'bmp')[n % 4]}": file.getvalue(), f"{n}.txt": f"a {colour} picture"})
-    data = tmp_path / "data"
-    from_folder(photos, data, FolderOptions(validation=0.2))
-    assert verify(data).ok
-    splits = info(data)["splits"]
-    assert splits["train"]["samples"] + splits["validation"]["samples"] == 24
-    assert splits["train"]["image_sizes"] == {"30x20": splits["train"]["samples"]}
-    with Image.open(preview(data, tmp_path / "sheet.png")) as sheet:
-        assert sheet.getextrema()[0] == (0, 255)
-    text, image = (tmp_path / "text", tmp_path / "image")
-    train_tokenizer(CONFIGS / "tokenizers" / "photos-text.yaml", [f"data=[{data}/train]"], out=text)
-    train_tokenizer(CONFIGS / "tokenizers" / "photos-image.yaml", [f"data={data}/train", *SMALL], out=image)
-    sources = [f"tokenizers.{name}={tmp_path}/{name}/tokenizer" for name in ("text", "image")]
-    sources += [f"data.sources.0.path={data}/train", f"cache_dir={tmp_path}/tokens", "model.decoder.n_layers=1"]
-    model = omniform.load(str(train(CONFIGS / "photos.yaml", [*sources, *SMALL], out=tmp_path / "run")))
-    assert model.generate("a red picture", to="image", seed=0, steps=1).images[0].size == (64, 64)
