@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -340,6 +341,15 @@ def test_resizing_makes_larger_images_smaller_and_upright(
     assert report.noted.to_json().get("resized", {"count": 0})["count"] == 2 * (min(width, height) > resize)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A job in the background ignores SIGINT, and its children inherit that; a handler they do not."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     many(tmp_path / "photos", range(1500))
     command = [sys.executable, "-m", "omniform.cli", "data", "from-folder", "photos", "--out", "out"]
