@@ -248,6 +248,39 @@ def test_samples_that_a_task_cannot_use_are_counted(make: Callable[..., Training
     assert list(data.holes.values()) == [1, 0]
 
 
+def test_documents_are_learnt_whole_and_take_the_length_that_was_planned(
+    make: Callable[..., TrainingData], tmp_path: Path, byte_vocabulary: Vocabulary
+) -> None:
+    n_pairs = [1 + n % 3 for n in range(60)]
+    with ShardWriter(tmp_path / "documents") as writer:
+        for n, pairs in enumerate(n_pairs):
+            spans = [
+                span
+                for place in range(pairs)
+                for span in (
+                    RawSpan("text", text="x" * (n % 4)),
+                    RawSpan("image", payload=(16 * n + place).to_bytes(2), extension="bin"),
+                )
+            ]
+            writer.write(RawSample(f"{n:02d}", tuple(spans)))
+    source = SourceConfig(path=tmp_path / "documents", tasks={"interleaved": 1.0})
+    # There is nothing given that could be dropped.
+    data = make(sources=(source,), condition_dropout=1.0, rows_per_step=64)
+    window, start = data.stage_rows(0).locate(0)
+    draws, planned = data.stage_rows(0).plan(window)
+    for row, places in zip(data.rows(0), planned[-start:], strict=False):
+        assert sum(map(len, row)) <= ROW_LENGTH
+        for sequence, draw in zip(row, places, strict=True):
+            n = int(draws.sample[draw])
+            # Markers, characters and an end of each text, and each picture noised and clean.
+            assert len(sequence) == n_pairs[n] * (1 + n % 4 + 1 + 1 + 2 * 4)
+            kinds = [(span.modality, span.role, span.noised) for span in sequence.spans]
+            pair = [("text", Role.TARGET, False), ("image", Role.TARGET, True), ("image", Role.CONTEXT, False)]
+            assert kinds == pair * n_pairs[n]
+            follows = [byte_vocabulary.begin("image"), byte_vocabulary.begin("text")] * n_pairs[n]
+            assert [following for _, following in sequence.next_spans] == [*follows[:-1], byte_vocabulary.end]
+
+
 def test_rows_fit_and_are_full(make: Callable[..., TrainingData], byte_vocabulary: Vocabulary) -> None:
     data = make()
     rows = [row for step in range(50) for row in data.rows(step)]
