@@ -122,8 +122,9 @@ def test_tiny_demo_goes_all_the_way_and_what_it_suggests_works(tmp_path: Path, m
             done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
             assert done.exit_code == 0, done.output
     assert (tmp_path / "seven.png").read_bytes().startswith(b"\x89PNG")
-    (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(program.replace("runs/demo/model", str(demo / "model")), {})
+    programs = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert programs
+    exec("".join(programs).replace("runs/demo/model", str(demo / "model")), {})
 
 
 def shown_commands() -> list[list[str]]:
