@@ -6,6 +6,7 @@ same command goes on where it was stopped, and `python benchmarks/objectives.py 
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -82,7 +83,7 @@ class Scale:
     def __init__(self, tokenizer: Any) -> None:
         self.train, self.test = Split.read("train"), Split.read("test")
         originals = ~self.train.altered
-        self.judge = DigitImageJudge.fit(self.train.pictures[originals], self.train.digits[originals])
+        self.judge = DigitImageJudge.fit(self.train.pictures, self.train.digits)
         self.space = FeatureSpace.fit(self.train.pictures[originals])
         self.shown = self.space.features(self.train.pictures)
         self.manifold = Manifold(self.shown[originals])
@@ -165,17 +166,27 @@ def captions(templates: Sequence[str], n: int) -> tuple[list[str], NDArray[np.in
     return [render(templates[place // 10 % len(templates)], int(d)) for place, d in enumerate(digits)], digits
 
 
-def draw(arm: str, model: Model, settings: Settings, prompts: Sequence[str], seed: int) -> Pictures:
-    """Draw one picture per prompt, or read what the same settings drew before."""
-    identity = [arm, dict(settings), list(prompts), seed, (model_folder(arm) / "manifest.sha256").read_text()]
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    path = ROOT / "drawn" / f"{arm.replace(' ', '-')}-{digest[:16]}.npy"
+def kept(what: str, identity: Sequence[Any], work: Callable[[], Sequence[Image.Image]]) -> Pictures:
+    """Return the pictures that some work draws, or read what the same work drew before."""
+    digest = hashlib.sha256(json.dumps([what, *identity]).encode()).hexdigest()
+    path = ROOT / "drawn" / f"{what.replace(' ', '-')}-{digest[:16]}.npy"
     if not path.exists():
-        replies = model.generate_batch(prompts, "image", seed=seed, **keywords(arm, model, settings))
+        pictures = np.stack([to_array(picture) for picture in work()])
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, np.stack([to_array(reply.images[0]) for reply in replies]))
-        print(f"drew {len(prompts)} pictures: {arm} {dict(settings)}", file=sys.stderr, flush=True)
+        np.save(path, pictures)
+        print(f"drew {len(pictures)} pictures: {what}", file=sys.stderr, flush=True)
     return np.load(path, allow_pickle=False)
+
+
+def draw(arm: str, model: Model, settings: Settings, prompts: Sequence[str], seed: int) -> Pictures:
+    """Draw one picture per prompt."""
+    identity = [dict(settings), list(prompts), seed, (model_folder(arm) / "manifest.sha256").read_text()]
+    given = keywords(arm, model, settings)
+    return kept(
+        arm,
+        identity,
+        lambda: [reply.images[0] for reply in model.generate_batch(prompts, "image", seed=seed, **given)],
+    )
 
 
 def choose(arm: str, model: Model, scale: Scale) -> tuple[Settings, list[dict[str, Any]]]:
@@ -238,25 +249,28 @@ def inpaint(model: Model, settings: Settings, scale: Scale) -> tuple[dict[str, A
     """
     test, given = scale.test, keywords(EDITOR, model, settings)
     free = {**given, "guidance_scale": 1.0}  # nothing to push towards
-    originals = [to_picture(picture) for picture in test.pictures]
+    originals, manifest = [to_picture(p) for p in test.pictures], (model_folder(EDITOR) / "manifest.sha256").read_text()
     right: dict[str, list[NDArray[np.bool_]]] = {}
     rows: list[list[Image.Image]] = []
     for half, box in HALVES.items():
         mask = Image.new("L", (16, 16), 0)
         mask.paste(255, box)
         erased = [Image.composite(Image.new("L", (16, 16), 0), picture, mask) for picture in originals]
-        anew = {
-            "with caption": model.generate_batch(test.texts, "image", image=erased, mask=mask, seed=SEED, **given),
-            "without": model.generate_batch([[]] * len(erased), "image", image=erased, mask=mask, seed=SEED, **free),
-        }
-        drawn = {name: [reply.images[0] for reply in replies] for name, replies in anew.items()}
-        for name, pictures in {"original": originals, "erased": erased, **drawn}.items():
-            judged = scale.judge.predict(np.stack([to_array(picture) for picture in pictures]))
-            right.setdefault(name, []).append(judged == test.digits)
+        pictures = {"original": test.pictures, "erased": np.stack([to_array(picture) for picture in erased])}
+        for name, prompts, chosen in (("with caption", test.texts, given), ("without", [[]] * len(erased), free)):
+            edit = functools.partial(model.generate_batch, prompts, "image", image=erased, mask=mask, seed=SEED)
+            work = functools.partial(lambda edit, chosen: [reply.images[0] for reply in edit(**chosen)], edit, chosen)
+            pictures[name] = kept(f"{half} half {name}", [prompts, dict(settings), manifest], work)
+        for name, shown in pictures.items():
+            right.setdefault(name, []).append(scale.judge.predict(shown) == test.digits)
+        # What the rest of a drawing tells: a judge that was fitted on erased train drawings alone.
+        train = scale.train.pictures[~scale.train.altered].copy()
+        train[:, box[1] : box[3], box[0] : box[2]] = -1
+        of_halves = DigitImageJudge.fit(train, scale.train.digits[~scale.train.altered])
+        right.setdefault("erased, judge of halves", []).append(of_halves.predict(pictures["erased"]) == test.digits)
         for digit in range(10):
             place = int(np.flatnonzero(test.digits == digit)[0])
-            rows.append([originals[place], erased[place], *(pictures[place] for pictures in drawn.values())])
-        print(f"inpainted the {half} halves", file=sys.stderr, flush=True)
+            rows.append([to_picture(shown[place]) for shown in pictures.values()])
     figures = {}
     for name, by_half in right.items():
         mean = np.stack(by_half).mean(0)  # of the halves of one drawing, which are not independent of each other
@@ -313,6 +327,8 @@ def run(arms: Sequence[str] = ARMS) -> dict[str, Any]:
         alike = CHOSEN_LIKE.get(arm, arm)
         settings[arm], tried[alike] = choose(alike, models[alike], scale)
         drawn[arm] = draw(arm, models[arm], settings[arm], prompts, SEED)
+    if EDITOR in arms:
+        inpainting, rows = inpaint(models[EDITOR], settings[EDITOR], scale)
     if set(arms) != set(ARMS):
         return {"text": f"drew {', '.join(arms)}"}
     figures = {
@@ -329,7 +345,6 @@ def run(arms: Sequence[str] = ARMS) -> dict[str, Any]:
         shown = [to_picture(picture) for picture in drawn[arm][:60]]
         if arm in (REFERENCE, *COMPARED):
             image_grid(shown, scale=2).save(DOCS / f"objectives-{arm.replace(' ', '-').replace('_', '-')}.png")
-    inpainting, rows = inpaint(models[EDITOR], settings[EDITOR], scale)
     # Ten drawings, a digit each, through the halves in turn; one column per drawing.
     picked = [rows[10 * (digit % len(HALVES)) + digit] for digit in range(10)]
     shown = [row[kind] for kind in range(4) for row in picked]
@@ -375,11 +390,12 @@ def as_text(results: Mapping[str, Any]) -> str:
         difference = 100 * (found["accuracy"]["value"] - results["arms"][REFERENCE]["accuracy"]["value"])
         times = [results["timing"][n]["seconds_per_picture"].get(name) for n in ("1", "100")]
         told = ["-" if seconds is None else f"{seconds:.4f}" for seconds in times]
-        row(name, str(found["forward_passes"]), f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]", *told)
+        apart = "-" if name == REFERENCE else f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
+        row(name, str(found["forward_passes"]), apart, *told)
     lines.append("")
     row("", "all halves, %", *HALVES)
     row(*["---"] * 6)
-    for name in ("original", "erased", "with caption", "without"):
+    for name in ("original", "erased", "erased, judge of halves", "with caption", "without"):
         found = results["inpainting"][name]
         row(name, cell(found), *(cell(half) for half in found["halves"].values()))
     for n, found in results["timing"].items():
