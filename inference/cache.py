@@ -1,11 +1,12 @@
 """Keys and values of rows that later rows read, and the pattern that says who may read them."""
 
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from omniform.modeling.attention_pattern import AttentionPattern
+from omniform.modeling.attention_pattern import PADDING, AttentionPattern
 
 _SMALLEST_CAPACITY = 64
 
@@ -37,6 +38,13 @@ class KVCache:
         """Keep the rows of the last forward pass, whose pattern was `new`."""
         self.pattern = self.covering(new)
         self.n_committed += new.document_ids.shape[1]
+
+    def forget(self, sequence: int) -> None:
+        """Hide all committed rows of one sequence of the batch, as if they were padding."""
+        if self.pattern is not None:
+            document_ids = self.pattern.document_ids.clone()
+            document_ids[sequence] = PADDING
+            self.pattern = replace(self.pattern, document_ids=document_ids)
 
     def _write(self, store: dict[int, Any], layer: int, rows: Tensor) -> Tensor:
         stop = self.n_committed + rows.shape[2]

@@ -60,19 +60,16 @@ class Engine:
         vocabulary, objectives = self.model.vocabulary, self.model.config.objectives
         branches = [branch for session in sessions for branch in session.branches]
         rows = [
-            branch.unread(vocabulary, objectives) if session in choosing else None
+            branch.unread(vocabulary, objectives) if session in choosing and branch.grows else None
             for session in sessions
             for branch in session.branches
         ]
         hidden = self._forward(branches, rows, cache, commit=True)
-        last = {
-            id(branch): hidden[place, len(new) - 1]
-            for place, (branch, new) in enumerate(zip(branches, rows, strict=True))
-            if new
-        }
-        for session in choosing:
-            logits = self._next_span_logits(last[id(session.branches[0])])
-            session.choose(logits, self.fixed_grids, vocabulary, objectives)
+        chosen_by = {id(session.branches[0]): session for session in choosing}
+        for place, (branch, new) in enumerate(zip(branches, rows, strict=True)):
+            if new is not None:
+                logits = self._next_span_logits(hidden[place, len(new) - 1])
+                chosen_by[id(branch)].choose(logits, self.fixed_grids, vocabulary, objectives)
 
     def _run_spans(self, sessions: Sequence[Session], modality: str, cache: KVCache) -> Iterator[list[SpanStep]]:
         """Run the spans of the sessions whose next one is of `modality`, in step; the others wait."""
@@ -82,6 +79,10 @@ class Engine:
         for session in sessions:
             if session.upcoming == modality:
                 session.open_span(self.fixed_grids[modality], vocabulary, objectives)
+        for place, branch in enumerate(branches):
+            if branch.stale:
+                cache.forget(place)
+                branch.stale = False
         rows: list[MultimodalSequence | None]
         rows = [branch.pending() if session.span else None for session in sessions for branch in session.branches]
         self._forward(branches, rows, cache, commit=True)

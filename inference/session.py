@@ -18,15 +18,20 @@ from omniform.tokenizers.vocabulary import Vocabulary
 
 
 class Branch:
-    """One sequence of a session: the conditional one, or its copy without the condition.
+    """One sequence of a session: the conditional one, or the one that guidance leads away from.
+
+    Args:
+        grows: generated parts join it. They are conditions of what follows them, so the other branch never holds them.
 
     Attributes:
         n_committed: leading rows of the sequence that the cache holds.
+        stale: the cache holds rows that no longer belong to the sequence.
     """
 
-    def __init__(self, context: Sequence[Part]) -> None:
-        self.parts = list(context)
+    def __init__(self, context: Sequence[Part], *, grows: bool = True) -> None:
+        self.parts, self.grows = list(context), grows
         self.n_committed = 0
+        self.stale = False
         self._layout: MultimodalSequence | None = None
         self._first_row = 0
 
@@ -42,6 +47,13 @@ class Branch:
             return None
         self._layout = MultimodalSequence.build(self.parts, vocabulary, objectives)
         return self._rows(len(self._layout) - self.n_committed)
+
+    def close(self, part: Part) -> None:
+        """Take leave of the open span, which became `part`."""
+        if self.grows:
+            self.parts.append(part)
+        else:
+            self.n_committed, self.stale = 0, True
 
     def n_rows(self, objectives: Mapping[str, Objective]) -> int:
         """Return the number of rows of all parts so far."""
@@ -109,7 +121,7 @@ class Session:
 
     Args:
         context: the prompt's parts.
-        dropped: what stands in their place in the copy that guidance reads; None without guidance.
+        dropped: what stands before each span in the branch that guidance leads away from; None without guidance.
         plan: what is to be generated, and how.
 
     Attributes:
@@ -120,7 +132,7 @@ class Session:
     """
 
     def __init__(self, context: Sequence[Part], dropped: Sequence[Part] | None, plan: "Plan") -> None:
-        self.branches = [Branch(context)] + ([] if dropped is None else [Branch(dropped)])
+        self.branches = [Branch(context)] + ([] if dropped is None else [Branch(dropped, grows=False)])
         self.plan = plan
         self.generated: list[Tokens] = []
         self.span: OpenSpan | None = None
@@ -203,7 +215,7 @@ class Session:
         self.generated.append(tokens)
         self.n_near_ties += span.draw.n_near_ties
         for branch in self.branches:
-            branch.parts.append(Part(span.modality, tokens, Role.CONTEXT))
+            branch.close(Part(span.modality, tokens, Role.CONTEXT))
         self.span = None
         n_done, to = len(self.generated), self.plan.to
         self.done = n_done == (self.plan.max_parts if to is None else len(to))

@@ -79,8 +79,8 @@ def reference_generate(
         contents = [i for i in state.token_ids.tolist() if i != vocabulary.end]
         codes = vocabulary.to_codes(modality, torch.tensor(contents, dtype=torch.int64))
         generated.append(codes.tolist())
-        for parts in documents:
-            parts.append(Part(modality, Tokens(codes, grid or (len(codes),)), earlier_role))
+        # What was generated is a condition of what follows: only the conditional document goes on with it.
+        documents[0].append(Part(modality, Tokens(codes, grid or (len(codes),)), earlier_role))
     return generated
 
 
