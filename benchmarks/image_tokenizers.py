@@ -126,7 +126,8 @@ def _count(given: Tensor, asked: Tensor) -> Tensor:
 
 def _codes(tokenizer: ImageTokenizer, folder: Path, limit: int | None) -> Tensor:
     items = _items(tokenizer, folder, limit)
-    return torch.stack([tokens.codes.view(tokens.grid) for tokens in tokenizer.encode_batch(items)])
+    codes = torch.stack([tokens.codes.view(tokens.grid) for tokens in tokenizer.encode_batch(items)])
+    return codes if codes.ndim == 3 else codes.movedim(1, -1)  # several codes of one place lie side by side
 
 
 def _items(tokenizer: ImageTokenizer, folder: Path, limit: int | None) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from omniform.errors import OmniformError
 from omniform.kernels.keyed_noise import keyed_permutation, stream
 from omniform.tokenizers.base import Modality, Tokens
-from omniform.tokenizers.image_files import plain_picture
+from omniform.tokenizers.image_files import MAX_PIXELS, plain_picture
 
 
 @runtime_checkable
@@ -55,14 +55,15 @@ class Edit:
 
         Args:
             image: any picture that can be read.
-            mask: of the size of the upright picture; anything but black is drawn anew. None: what is transparent.
+            mask: of the size of the upright picture; what is not black, as 8-bit colours, is drawn anew. None: what is
+                transparent.
 
         Raises:
             OmniformError: no mask where nothing is transparent, a mask of another size, one that covers nothing, or
                 something that the tokenizer cannot see.
         """
         picture = _plain(image)
-        covered = _transparent(image) if mask is None else np.asarray(plain_picture(mask, "L")) > 0
+        covered = _transparent(image) if mask is None else np.asarray(plain_picture(mask, "RGB")).any(2)
         if covered.shape != (picture.height, picture.width):
             raise OmniformError(
                 f"the mask has {covered.shape[1]} x {covered.shape[0]} pixels, expected the picture's "
@@ -78,8 +79,8 @@ class Edit:
                 f"{tuple(round(side, 1) for side in frame)} (left, top, right, bottom) of {picture.width} x "
                 f"{picture.height}: crop the picture to that shape, or mask less"
             )
-        rows = _overlap(tokens.grid[0], frame[1], frame[3], picture.height)
-        columns = _overlap(tokens.grid[1], frame[0], frame[2], picture.width)
+        rows = _overlap(tokens.grid[-2], frame[1], frame[3], picture.height)
+        columns = _overlap(tokens.grid[-1], frame[0], frame[2], picture.width)
         touched = torch.from_numpy((rows @ covered.astype(np.float32) @ columns.T) > 0)
         return cls(picture, covered, frame, tokens, _over_depth(touched, tokens.grid))
 
@@ -90,11 +91,11 @@ class Edit:
         Raises:
             OmniformError: a strength that is not in (0, 1].
         """
-        if not 0 < strength <= 1:
-            raise OmniformError(f"strength is {strength}, expected a fraction of the picture in (0, 1]")
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+            raise OmniformError(f"strength is {strength!r}, expected a fraction of the picture in (0, 1]")
         picture = _plain(image)
         frame, tokens = _encode(picture, tokenizer)
-        height, width = tokens.grid[:2]
+        height, width = tokens.grid[-2:]
         places = keyed_permutation(height * width, seed, stream("edit/variation"), sample)
         chosen = torch.zeros(height * width, dtype=torch.bool)
         chosen[torch.from_numpy(places[: math.ceil(strength * height * width)])] = True
@@ -102,10 +103,21 @@ class Edit:
 
     def compose(self, drawn: Image.Image) -> Image.Image:
         """Return the picture with what was drawn in its frame; with a mask, all pixels outside of it as they were."""
-        left, top, right, bottom = (round(side) for side in self.frame)
-        patch = drawn.convert(self.picture.mode).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+        left, top, right, bottom = self.frame
+        # Whole pixels that the frame touches: some of it may lie beyond the picture, or end inside of a pixel.
+        x, y = max(0, math.floor(left)), max(0, math.floor(top))
+        width = min(self.picture.width, math.ceil(right)) - x
+        height = min(self.picture.height, math.ceil(bottom)) - y
+        across, down = drawn.width / (right - left), drawn.height / (bottom - top)
+        box = (
+            max(0.0, (x - left) * across),
+            max(0.0, (y - top) * down),
+            min(drawn.width, (x + width - left) * across),
+            min(drawn.height, (y + height - top) * down),
+        )
         result = self.picture.copy()
-        result.paste(patch, (left, top))
+        patch = drawn.convert(self.picture.mode).resize((width, height), Image.Resampling.BICUBIC, box)
+        result.paste(patch, (x, y))
         return result if self.mask is None else Image.composite(result, self.picture, Image.fromarray(self.mask))
 
 
@@ -120,12 +132,15 @@ def outpaint(
         left, top, right, bottom: pixels to add at each side.
 
     Raises:
-        OmniformError: a negative margin, or none.
+        OmniformError: a negative margin, none, or a canvas of more than MAX_PIXELS pixels.
     """
     margins = (left, top, right, bottom)
-    if min(margins) < 0 or not any(margins):
-        raise OmniformError(f"margins are {margins}, expected pixels to add, at least one in all")
+    if not all(isinstance(margin, int) and margin >= 0 for margin in margins) or not any(margins):
+        raise OmniformError(f"margins are {margins}, expected whole pixels to add, at least one in all")
     picture = _plain(image)
+    width, height = picture.width + left + right, picture.height + top + bottom
+    if width * height > MAX_PIXELS:
+        raise OmniformError(f"the canvas would have {width} x {height} pixels, expected at most {MAX_PIXELS} in all")
     sides = ((top, bottom), (left, right))
     levels = np.asarray(picture)
     canvas = Image.fromarray(np.pad(levels, (*sides, (0, 0))[: levels.ndim], mode="edge"))
@@ -141,7 +156,8 @@ def _plain(image: Image.Image) -> Image.Image:
 def _transparent(image: Image.Image) -> npt.NDArray[np.bool_]:
     if not image.has_transparency_data:
         raise OmniformError("the picture has nothing transparent to draw anew: give a mask, or a strength")
-    alpha = Image.merge("L", [image.convert("RGBA").getchannel("A")])
+    # Pillow turns premultiplied grey into nothing but plain grey.
+    alpha = (image.convert("LA") if image.mode == "La" else image).convert("RGBA").getchannel("A")
     if "exif" in image.info:
         alpha.info["exif"] = image.info["exif"]  # turned as the picture is
     return np.asarray(plain_picture(alpha, "L")) == 0
@@ -169,4 +185,4 @@ def _overlap(n_cells: int, first: float, last: float, n_pixels: int) -> npt.NDAr
 
 def _over_depth(cells: Bool[Tensor, "h w"], grid: tuple[int, ...]) -> Bool[Tensor, "N"]:
     """Return the cells' flags per token: a cell of several codes is drawn anew as a whole."""
-    return cells[(...,) + (None,) * (len(grid) - 2)].expand(grid).flatten()
+    return cells.expand(grid).flatten()

@@ -235,7 +235,7 @@ class Model:
         with torch.inference_mode():
             items = [tokenizer.decode(one) for one in tokens]
         if modality == "text":
-            ended = [int(step.span.state.token_ids[-1]) == self.network.vocabulary.end for step in finished]
+            ended = [bool((step.span.state.token_ids == self.network.vocabulary.end).any()) for step in finished]
             return [TextPart(item, "end" if end else "length") for item, end in zip(items, ended, strict=True)]
         if hasattr(tokenizer, "to_pil"):
             return [ImagePart(tokenizer.to_pil(item)) for item in items]
@@ -302,7 +302,10 @@ class Model:
         images, masks = _one_per_prompt("image", image, len(seeds)), _one_per_prompt("mask", mask, len(seeds))
         tokenizer = self.tokenizers["image"]
         if strength is None:
-            return [Edit.masked(own, cover, tokenizer) for own, cover in zip(images, masks, strict=True)]
+            single = not isinstance(image, list | tuple) and not isinstance(mask, list | tuple)
+            pairs = list(zip(images, masks, strict=True))[: 1 if single else None]
+            edits = [Edit.masked(own, cover, tokenizer) for own, cover in pairs]
+            return edits * len(seeds) if single else edits
         return [Edit.varied(own, strength, *seed, tokenizer=tokenizer) for own, seed in zip(images, seeds, strict=True)]
 
     def _check_keywords(self, given: Mapping[str, Any], modalities: Sequence[str]) -> None:

@@ -218,7 +218,7 @@ def parse_targets(to: str | Sequence[str], max_parts: int | None = None) -> Targ
     Raises:
         OmniformError: neither a name nor a list of names, an empty list, or a `max_parts` that does not apply.
     """
-    names = (to,) if isinstance(to, str) else tuple(to)
+    names = (to,) if not isinstance(to, list | tuple) else tuple(to)
     if not names or not all(isinstance(name, str) for name in names):
         raise OmniformError(f"to is {to!r}, expected the name of a modality or an ordered list of names")
     if names == (ANY,):

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from omniform.errors import OmniformError
-from omniform.kernels.keyed_noise import keyed_gumbel, stream
+from omniform.kernels.keyed_noise import keyed_gumbel, keyed_permutation, stream
 from omniform.modeling.generation_config import SamplingSettings
 
 NEAR_TIE = 2e-4
@@ -163,6 +163,14 @@ class KeyedDraw:
             # Each of two log-probabilities changes by as much as two logits do.
             margin = scores[order[count]] - scores[order[count - 1]]
             self.n_near_ties += int(margin < 2 * self._bound)
+        return chosen
+
+    def subset(self, candidates: Bool[Tensor, "N"], count: int, step: int) -> Bool[Tensor, "N"]:
+        """Return a random subset of `count` of the candidates; at temperature 0 the same for every seed."""
+        seed = self._seed if self._settings.temperature else 0
+        order = torch.from_numpy(keyed_permutation(len(candidates), seed, stream("generate/subset"), *self._keys, step))
+        chosen = torch.zeros_like(candidates)
+        chosen[order[candidates[order]][:count]] = True
         return chosen
 
     def _gumbel(self, use: str, step: int, *places: Int[Tensor, "..."]) -> Float[Tensor, "..."]:

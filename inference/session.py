@@ -208,8 +208,9 @@ class Session:
 
     def _close(self, span: OpenSpan, vocabulary: Vocabulary) -> None:
         contents = span.state.token_ids
-        if span.grid is None and len(contents) and int(contents[-1]) == vocabulary.end:
-            contents = contents[:-1]
+        if span.grid is None:  # an objective that fills a span in place can put its end anywhere
+            ends = (contents == vocabulary.end).nonzero().flatten()
+            contents = contents[: int(ends[0])] if len(ends) else contents
         codes = vocabulary.to_codes(span.modality, contents)
         tokens = Tokens(codes, (len(codes),) if span.grid is None else span.grid)
         self.generated.append(tokens)

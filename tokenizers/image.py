@@ -104,9 +104,9 @@ class ImageTokenizer(Modality):
 
     @property
     def fixed_grid(self) -> tuple[int, ...]:
-        """Codes per column and row, and at each place where that is more than one."""
+        """Codes per column and row; where each place has several codes, as many such grids, coarse first."""
         side, depth = self.config.image_size // self.config.downsampling, self.codec.quantizer.depth
-        return (side, side) if depth == 1 else (side, side, depth)
+        return (side, side) if depth == 1 else (depth, side, side)
 
     @torch.no_grad()
     def encode_batch(self, items: Sequence[Any]) -> list[Tokens]:
@@ -118,7 +118,8 @@ class ImageTokenizer(Modality):
         for item in items:
             self._check_item(item)
         codes = [self.codec.encode(torch.stack(list(items[i : i + _CHUNK]))) for i in range(0, len(items), _CHUNK)]
-        return [Tokens(grid.flatten(), self.fixed_grid) for chunk in codes for grid in chunk]
+        grids = [grid if grid.ndim == 2 else grid.movedim(-1, 0) for chunk in codes for grid in chunk]
+        return [Tokens(grid.flatten(), self.fixed_grid) for grid in grids]
 
     @torch.no_grad()
     def decode_batch(self, tokens: Sequence[Tokens]) -> list[Float[Tensor, "C H W"]]:
@@ -130,6 +131,8 @@ class ImageTokenizer(Modality):
         for entry in tokens:
             self._check_tokens(entry)
         grids = [entry.codes.view(self.fixed_grid) for entry in tokens]
+        if len(self.fixed_grid) == 3:
+            grids = [grid.movedim(0, -1) for grid in grids]
         images = [self.codec.decode(torch.stack(grids[i : i + _CHUNK])) for i in range(0, len(grids), _CHUNK)]
         return [image for chunk in images for image in chunk]
 

@@ -74,6 +74,10 @@ class Draw(Protocol):
         """Return which `count` scores are the smallest; of equal ones the first."""
         ...
 
+    def subset(self, candidates: Bool[Tensor, "N"], count: int, step: int) -> Bool[Tensor, "N"]:
+        """Return a random subset of `count` of the candidates."""
+        ...
+
 
 @dataclass(frozen=True)
 class SpanState:
@@ -125,7 +129,7 @@ class Objective(ABC):
         weights: Float[Tensor, "M"],
         z_loss: float = 0.0,
     ) -> Float[Tensor, ""]:
-        """Return the SUM of the weighted losses; its count is `weights.sum()`. Rows of weight 0 add exactly 0."""
+        """Return the SUM of the weighted losses; its count is that of `corrupt`. Rows of weight 0 add exactly 0."""
         losses = cross_entropy(logits, labels, z_loss)
         return (losses * weights).where(weights > 0, 0.0).sum()
 

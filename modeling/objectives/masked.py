@@ -71,7 +71,8 @@ class Masked(Objective):
             with probability gamma(t) (MDLM), perhaps none.
         weighting: "uniform" counts all masked contents alike; "elbo" weights them by gamma'(t) / gamma(t), under which
             the loss bounds the negative log-likelihood (MDLM, equation 10), in nats per content; times below
-            `EARLIEST_TIME` are left out, which lowers it by the fraction gamma of that time.
+            `EARLIEST_TIME` are left out, which lowers it by the fraction gamma of that time. The bound is the same for
+            all schedules, and with "sqrt" the weights have no finite variance: choose another.
         order: what a decoding step decides: "confidence" the contents with the highest probability, "random" any, as
             the reverse process of MDLM does.
         remask: decided contents compete with the new ones, and the least confident are masked again (after ReMDM's
@@ -156,15 +157,18 @@ class Masked(Objective):
         choice, log_probability = draw.tokens(logits[masked], state.step, positions[masked])
         wanted = torch.ones_like(masked) if state.kept is None else state.kept == mask_id
         left = 1 - (state.step + 1) / state.n_steps
-        n_left = min(math.floor(masked_fraction(left, self.schedule) * int(wanted.sum())), int(masked.sum()) - 1)
-        # The schedule's rounding can ask for more masks than there are left to decide one by one.
-        n_left = max(0, n_left) if left > 0 else 0
+        n_wanted, n_masked = int(wanted.sum()), int(masked.sum())
+        # Whatever the schedule rounds to: each step decides one content at least, and leaves one for each step to come.
+        n_left = max(math.floor(masked_fraction(left, self.schedule) * n_wanted), state.n_steps - state.step - 1)
+        n_left = min(n_left, n_masked - 1)
         assert state.confidence is not None
         confidence = state.confidence.masked_scatter(masked, log_probability.double())
-        noise = draw.gumbel(state.step, positions)
-        score = confidence + self.choice_temperature * left * noise if self.order == "confidence" else noise.double()
-        may_be_masked = wanted if self.remask else masked
-        remask = draw.smallest(score.masked_fill(~may_be_masked, math.inf), n_left)
+        candidates = wanted if self.remask else masked
+        if self.order == "random":
+            remask = draw.subset(candidates, n_left, state.step)
+        else:
+            noise = self.choice_temperature * left * draw.gumbel(state.step, positions)
+            remask = draw.smallest((confidence + noise).masked_fill(~candidates, math.inf), n_left)
         token_ids = state.token_ids.masked_scatter(masked, choice + first_id).masked_fill(remask, mask_id)
         return replace(
             state,

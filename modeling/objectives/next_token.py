@@ -50,10 +50,10 @@ class NextToken(Objective):
         draw: Draw,
     ) -> SpanState:
         """Append one token, the one that is kept in its place if there is one."""
-        choice, _ = draw.tokens(logits, state.step, torch.tensor([state.step]))
-        content = choice + first_id
         if state.kept is not None and int(state.kept[state.step]) != mask_id:
             content = state.kept[state.step : state.step + 1]
+        else:
+            content = draw.tokens(logits, state.step, torch.tensor([state.step]))[0] + first_id
         token_ids = torch.cat([state.token_ids, content])
         step = state.step + 1
         done = step == state.n_steps or int(token_ids[-1]) == end_id

@@ -82,6 +82,31 @@ def test_tokens_whose_cells_touch_the_mask_are_wanted_and_no_others(
         assert bool(edit.wanted.view(4, 4)[row, column]) == touched or by_rounding
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(FITS), SIDES, SIDES)
+def test_all_that_is_masked_is_drawn_and_memory_is_that_of_the_picture(fit: Fit, width: int, height: int) -> None:
+    tokenizer = random_tokenizer(fit)
+    black = Image.new("RGB", (width, height))
+    left, top, right, bottom = tokenizer.frame(black.size)
+    x, y = np.arange(width), np.arange(height)
+    seen = ((y < bottom) & (y + 1 > top))[:, None] & ((x < right) & (x + 1 > left))[None, :]
+    edit = Edit.masked(black, Image.fromarray(seen), tokenizer)
+    composed = np.asarray(edit.compose(Image.new("L", (16, 16), 255)))
+    assert (composed[seen] == 255).all()
+    assert (composed[~seen] == 0).all()
+
+
+def test_a_drawing_lands_where_its_frame_is() -> None:
+    """A picture of the tokenizer's own size comes back as drawn; a padded one fills the middle of what was drawn."""
+    drawn = picture(16, 16, "L")
+    whole = Edit.masked(picture(16, 16), Image.new("1", (16, 16), 1), random_tokenizer("crop")).compose(drawn)
+    assert np.array_equal(np.asarray(whole)[..., 0], np.asarray(drawn))
+    bands = Image.new("L", (16, 16), 0)
+    bands.paste(200, (0, 4, 16, 12))
+    wide = Edit.masked(picture(32, 16), Image.new("1", (32, 16), 1), random_tokenizer("pad")).compose(bands)
+    assert np.asarray(wide).min() > 150
+
+
 @pytest.fixture(params=["masked", "next_token", "masked, remasking"])
 def painter(request: pytest.FixtureRequest, omni: Model) -> Model:
     """The tiny model with pictures of each discrete objective."""
@@ -157,9 +182,19 @@ def test_outpainting_keeps_the_picture_and_masks_the_margins(omni: Model) -> Non
     assert (np.asarray(mask) == 0).sum() == 20
     edited = omni.generate([], to="image", image=canvas, mask=mask, seed=0).images[0]
     assert np.array_equal(np.asarray(edited)[:4, 2:], np.asarray(original))
-    for margins in ({}, {"left": -1}):
+    for margins in ({}, {"left": -1}, {"left": 1.5}):
         with pytest.raises(OmniformError, match="margins are"):
             outpaint(original, **margins)
+    with pytest.raises(OmniformError, match="the canvas would have 100000005 x 4 pixels"):
+        outpaint(original, left=10**8)
+
+
+def test_masks_of_any_colour_and_premultiplied_transparency_count(omni: Model) -> None:
+    mask = Image.new("RGB", (4, 4))
+    mask.putpixel((3, 0), (0, 0, 4))
+    assert Edit.masked(ORIGINAL, mask, omni.tokenizers["image"]).wanted.tolist() == [False, True, False, False]
+    clear = Image.merge("LA", [Image.new("L", (4, 4), 9), Image.new("L", (4, 4))]).convert("La")
+    assert Edit.masked(clear, None, omni.tokenizers["image"]).wanted.all()
 
 
 ORIGINAL, MASK = picture(4, 4), Image.new("L", (4, 4), 255)
@@ -177,6 +212,7 @@ ORIGINAL, MASK = picture(4, 4), Image.new("L", (4, 4), 255)
         ("image", {"image": ORIGINAL, "mask": Image.new("L", (4, 5), 255)}, "the mask has 4 x 5 pixels"),
         ("image", {"image": ORIGINAL, "mask": MASK, "strength": 0.5}, "both mask and strength"),
         ("image", {"image": ORIGINAL, "strength": 0.0}, r"strength is 0.0, expected a fraction of the picture in \(0"),
+        ("image", {"image": ORIGINAL, "strength": "x"}, "strength is 'x', expected a fraction"),
         ("image", {"image": [ORIGINAL] * 2, "mask": MASK}, "2 values of image for 1 prompts"),
         ("image", {"image": "seven.png", "mask": MASK}, "image is a str, expected a PIL image"),
     ],

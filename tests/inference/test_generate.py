@@ -11,9 +11,13 @@ from PIL import Image
 from omniform.errors import OmniformError
 from omniform.inference.generate import Model
 from omniform.inference.protocol import Done, Event, ImagePart, PartDone, Reply, SpanProgress, TextDelta, TextPart
+from omniform.inference.sampling import KeyedDraw
 from omniform.inference.session import Plan, Session
+from omniform.modeling.config import ModelConfig
 from omniform.modeling.folder import LoadedModel
 from omniform.modeling.generation_config import SamplingSettings
+from omniform.modeling.model import UnifiedModel
+from omniform.modeling.objectives.masked import Masked
 
 PICTURE = Image.new("L", (2, 2), 200)
 PROMPTS: list[Any] = ["a seven", PICTURE, [], ["x", PICTURE, "yz"], [{"role": "user", "content": "four"}]]
@@ -209,3 +213,26 @@ def test_text_logits_are_those_that_generation_reads(omni: Model) -> None:
 def test_text_logits_refuse_other_ids(omni: Model, token_ids: torch.Tensor) -> None:
     with pytest.raises(OmniformError, match="expected"):
         omni.text_logits(token_ids)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_masked_text_ends_at_its_first_end_and_random_order_is_of_its_own_at_any_temperature(
+    omni: Model, temperature: float
+) -> None:
+    objectives = {"text": Masked(steps=4, order="random"), "image": Masked(steps=3, order="random")}
+    config = ModelConfig(decoder=omni.network.config.decoder, objectives=objectives)
+    network = UnifiedModel(config, omni.network.vocabulary)
+    with torch.no_grad():
+        network.interface.head.weight[omni.network.vocabulary.end] *= 3
+    model = Model(LoadedModel(network, omni.tokenizers, {"max_sequence_length": 60}))
+    replies = model.generate_batch(
+        ["a"] * 60, ["text", "image"], seed=list(range(60)), temperature=temperature, max_new_tokens=8
+    )
+    for reply in replies:
+        assert len(reply.text.encode(errors="replace")) <= 3 * 8
+    if temperature:
+        assert {part.finish_reason for reply in replies for part in reply.parts[:1]} == {"end", "length"}
+    draws = [KeyedDraw(seed, 0, 0, SamplingSettings(temperature=temperature)) for seed in range(50)]
+    chosen = torch.stack([draw.subset(torch.ones(8, dtype=torch.bool), 4, 0) for draw in draws])
+    assert (chosen.sum(1) == 4).all()
+    assert len({tuple(row.tolist()) for row in chosen}) == 1 if not temperature else chosen.any(0).all()

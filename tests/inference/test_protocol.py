@@ -76,7 +76,7 @@ def test_targets() -> None:
     for to, max_parts in (("any", 0), ("any", True), ("image", 2)):
         with pytest.raises(OmniformError, match="max_parts is"):
             parse_targets(to, max_parts)
-    for wrong in ([], [3]):
+    for wrong in ([], [3], 5):
         with pytest.raises(OmniformError, match="expected the name of a modality or an ordered list"):
             parse_targets(wrong)
 

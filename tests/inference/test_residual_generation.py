@@ -27,7 +27,7 @@ def test_any_drawn_codes_decode_and_can_be_read_again(objective: Objective) -> N
         "text": SentencePieceTokenizer.train(["a seven\nthe digit eight\n"] * 9, vocab_size=280),
         "image": ImageTokenizer(config, config.build()),
     }
-    assert tokenizers["image"].fixed_grid == (2, 2, 3)
+    assert tokenizers["image"].fixed_grid == (3, 2, 2)
     decoder = DecoderConfig(dim=24, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=32)
     model_config = ModelConfig(decoder=decoder, objectives={"text": NextToken(), "image": objective})
     network = UnifiedModel(model_config, build_vocabulary(tokenizers)).eval()

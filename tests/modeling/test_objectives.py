@@ -31,6 +31,10 @@ class OracleDraw:
     def gumbel(self, step: int, positions: torch.Tensor) -> torch.Tensor:
         return -torch.log(-torch.log(torch.rand(len(positions), generator=self.generator)))
 
+    def subset(self, candidates: torch.Tensor, count: int, step: int) -> torch.Tensor:
+        noise = torch.rand(len(candidates), generator=self.generator).masked_fill(~candidates, 2)
+        return self.smallest(noise, count)
+
     def smallest(self, scores: torch.Tensor, count: int) -> torch.Tensor:
         order = sorted(range(len(scores)), key=lambda place: float(scores[place]))
         return torch.tensor([place in order[:count] for place in range(len(scores))], dtype=torch.bool)
@@ -105,6 +109,7 @@ def test_a_perfect_model_recovers_the_span_in_any_number_of_steps(
         kept = (before != MASK) if not objective.remask else ~wanted
         assert torch.equal(state.token_ids[kept], before[kept])
         n_masked.append(int((state.token_ids == MASK).sum()))
+    assert state.step == state.n_steps == min(steps, n_masked[0])
     assert torch.equal(state.token_ids[wanted], truth[wanted] + FIRST)
     assert torch.equal(state.token_ids[~wanted], given_ids[~wanted])
     assert all(later < earlier for earlier, later in itertools.pairwise(n_masked))

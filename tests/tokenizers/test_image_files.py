@@ -259,6 +259,13 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     assert refusal(payload[:-2] + payload[start:-2] * MAX_JPEG_SCANS + payload[-2:]) == "too many scans"
 
 
+def test_the_film_that_a_phone_appends_to_a_photo_counts_no_scans() -> None:
+    payload = encode(Image.fromarray(NOISE), "JPEG", progressive=True)
+    film = np.random.default_rng(0).bytes(12_000_000)
+    assert film.count(b"\xff\xda") > MAX_JPEG_SCANS
+    assert read_picture(payload + film, "RGB").tobytes() == read_picture(payload, "RGB").tobytes()
+
+
 @pytest.mark.parametrize("compression", ["raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate"])
 def test_usual_tiff_compressions_are_read(compression: str) -> None:
     assert pixels(encode(Image.fromarray(NOISE), "TIFF", compression=compression)) == NOISE.tolist()

@@ -61,7 +61,7 @@ def test_codes_and_images_are_in_range_and_on_the_grid(kind: str, channels: int)
     quantizer = tokenizer.codec.quantizer
     assert tokenizer.representation == Discrete(16 if kind == "lfq" else 20)
     tokens = tokenizer.encode_batch(images(5, channels))
-    grid = (4, 4) if quantizer.depth == 1 else (4, 4, quantizer.depth)
+    grid = (4, 4) if quantizer.depth == 1 else (quantizer.depth, 4, 4)
     assert all(entry.grid == tokenizer.fixed_grid == grid for entry in tokens)
     assert all(entry.codes.shape == (math.prod(grid),) for entry in tokens)
     codes = torch.cat([entry.codes for entry in tokens])
