@@ -1,10 +1,8 @@
 """The `omniform` command. Each body imports what it calls, so that `omniform --help` never waits for torch."""
 
 import hashlib
-import json
 import os
 import sys
-import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +11,8 @@ try:
     import typer.core
 
     from omniform import __version__
+    from omniform.console import Json, Seed, harmless, print_json
+    from omniform.data_cli import data_app
     from omniform.errors import COMPLAINTS_VARIABLE, OmniformError
 except KeyboardInterrupt:  # nothing else can answer Ctrl-C in the first moments
     print("omniform: interrupted", file=sys.stderr)
@@ -44,16 +44,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Build, check and look at training data.", no_args_is_help=True)
 tokenizer_app = typer.Typer(help="Train and measure the tokenizer of a modality.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in --out and start anew.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same result.")]
-IndexDir = Annotated[Path | None, typer.Option(help="Where the indexes lie, if not beside the shards.")]
-DataDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards (.tar), or of folders of shards.")]
 Config = Annotated[
     str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a config that Omniform ships.")
 ]
@@ -93,7 +88,7 @@ def _complain(message: str) -> None:
             (folder / hashlib.sha256(message.encode()).hexdigest()).touch(exist_ok=False)
         except FileExistsError:
             return
-    print(f"omniform: {_harmless(message)}", file=sys.stderr)
+    print(f"omniform: {harmless(message)}", file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:
@@ -192,10 +187,10 @@ def generate(
         model, prompt or [], to, out, seed, n, image=image, mask=mask, margins=outpaint, **keywords
     )
     if as_json:
-        _print_json([vars(output) for output in outputs])
+        print_json([vars(output) for output in outputs])
         return
     for output in outputs:
-        print(_harmless(output.text or "") if output.path is None else f"{output.path} (seed {output.seed})")
+        print(harmless(output.text or "") if output.path is None else f"{output.path} (seed {output.seed})")
 
 
 @app.command("eval")
@@ -216,7 +211,7 @@ def evaluate(
 
     metrics = evaluate_any_to_any(load(model), data, split=split, seed=seed, limit=limit, out=out)
     if as_json:
-        _print_json(metrics)
+        print_json(metrics)
     else:
         print(cells_as_text(metrics))
 
@@ -233,7 +228,7 @@ def train(
 ) -> None:
     """Train a model in one process; the same command continues a run that was stopped.
 
-    omniform train digits steps=200 optim.lr=1e-3 --out runs/try
+    omniform train digits steps=200 stages.0.steps=100 optim.lr=1e-3 --out runs/try
     """
     from omniform.preview import draw_samples
     from omniform.training.run import train as run
@@ -259,122 +254,6 @@ def launch(
     raise typer.Exit(run(nproc, command, dry_run=show))
 
 
-@data_app.command("build")
-def data_build(
-    world: Annotated[Literal["digits"], typer.Argument(metavar="WORLD", help="digits: handwritten digits, captioned.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    seed: Seed = 0,
-) -> None:
-    """Build a demo world from what installed packages ship, the same to the byte each time."""
-    from omniform.data.digits import build_digits
-
-    print(build_digits(out, seed=seed))
-
-
-@data_app.command("info")
-def data_info(folder: DataDir, index_dir: IndexDir = None) -> None:
-    """Print what a folder of shards is and holds, as JSON."""
-    from omniform.data.inspect import info
-
-    _print_json(info(folder, index_dir))
-
-
-@data_app.command("verify")
-def data_verify(folder: DataDir, index_dir: IndexDir = None, as_json: Json = False) -> None:
-    """Check every bit against the stored digests; status 1 and the names of shard and sample if one differs."""
-    from omniform.data.verify import verify
-
-    report = verify(folder, index_dir)
-    if as_json:
-        _print_json(report.to_json())
-    else:
-        print(_harmless(str(report)))
-    raise typer.Exit(0 if report.ok else 1)
-
-
-@data_app.command("preview")
-def data_preview(
-    folder: DataDir,
-    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
-    n: Annotated[int, typer.Option(min=1, help="Samples of each split.")] = 16,
-    index_dir: IndexDir = None,
-) -> None:
-    """Draw a contact sheet of pictures and captions."""
-    from omniform.data.inspect import preview
-
-    print(preview(folder, out, n, index_dir))
-
-
-@data_app.command("index")
-def data_index(
-    folder: DataDir,
-    index_dir: Annotated[Path | None, typer.Option(help="Write here (default: beside the shards).")] = None,
-) -> None:
-    """Write the index and digests of shards that came from elsewhere, so that they can be trained on."""
-    from omniform.data.index import index_shards
-
-    for path in index_shards(folder, index_dir):
-        print(path)
-
-
-@data_app.command("from-folder")
-def data_from_folder(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of images with captions, and its folders.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: train/, validation/ and report.json.")],
-    caption_from: Annotated[
-        Literal["files", "metadata", "folder"] | None,
-        typer.Option(
-            help="files: NAME.txt or NAME.json beside each image; metadata: metadata.csv or .jsonl at the top; folder: "
-            "the name of the folder it is in. (default: metadata if there is such a table, else files)"
-        ),
-    ] = None,
-    caption_key: Annotated[
-        str | None, typer.Option(help="Key or column of the caption. (default: caption, or else text)")
-    ] = None,
-    captionless: Annotated[Literal["skip", "keep"], typer.Option(help="Images that have no caption.")] = "skip",
-    validation: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the images to hold back, by a keyed hash of their paths.")
-    ] = 0.0,
-    seed: Seed = 0,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images in one .tar.")] = 2048,
-    max_pixels: Annotated[int, typer.Option(min=1, max=2**26, help="Leave larger images out.")] = 2**26,
-    min_size: Annotated[int, typer.Option(min=1, help="Leave out images whose shorter side has fewer pixels.")] = 1,
-    max_aspect_ratio: Annotated[
-        float | None,
-        typer.Option(min=1, help="Leave out images whose longer side is more than this times the shorter."),
-    ] = None,
-    resize: Annotated[
-        int | None, typer.Option(min=1, help="Make larger images smaller, to this shorter side. (default: as they are)")
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first file that cannot be used.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Turn a folder of captioned images into shards to train on, and say what was left out and why.
-
-    omniform data from-folder photos --out runs/photos-data --validation 0.05
-    """
-    from omniform.data.from_folder import FolderOptions, from_folder
-
-    options = FolderOptions(
-        caption_from=caption_from,
-        caption_key=caption_key,
-        captionless=captionless,
-        validation=validation,
-        seed=seed,
-        samples_per_shard=samples_per_shard,
-        max_pixels=max_pixels,
-        min_size=min_size,
-        max_aspect_ratio=max_aspect_ratio,
-        resize=resize,
-        strict=strict,
-    )
-    report = from_folder(folder, out, options)
-    if as_json:
-        _print_json(report.to_json())
-    else:
-        print(_harmless(str(report)))
-
-
 @tokenizer_app.command("train")
 def tokenizer_train(config: Config, overrides: Overrides = None, out: RunDir = None, fresh: Fresh = False) -> None:
     """Fit the tokenizer of one modality; the same command continues a run that was stopped."""
@@ -393,7 +272,7 @@ def tokenizer_eval(
     """Measure rate and reconstruction: PSNR, SSIM, code use and the judge's accuracy after the round trip."""
     from omniform.inference.tokenizer_evaluation import evaluate_tokenizer
 
-    _print_json(evaluate_tokenizer(folder, data, split=split, out=out))
+    print_json(evaluate_tokenizer(folder, data, split=split, out=out))
 
 
 @app.command()
@@ -415,7 +294,7 @@ def bench(
     sys.path.insert(0, str(folder))
     result = runpy.run_path(str(folder / f"{name}.py"))["run"]()
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         print(result.pop("text"))
 
@@ -432,15 +311,6 @@ def _config_file(name: str) -> Path:
             f"no file and no shipped config is named {name!r}: expected a YAML file, or {', '.join(known)}"
         )
     return shipped / f"{name}.yaml"
-
-
-def _harmless(text: str) -> str:
-    """Return text from data or models without the control characters that could command the terminal."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, default=str))
 
 
 if __name__ == "__main__":

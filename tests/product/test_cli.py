@@ -63,6 +63,7 @@ def test_help_of_every_command_leaves_torch_alone() -> None:
         (["train", "no-such-config"], ["no-such-config", "expected"]),
         (["train", "missing.yaml"], ["missing.yaml"]),
         (["data", "build", "digits", "--out", "x", "--seed", "-1"], ["--seed"]),
+        (["data", "from-folder", ".", "--out", "x", "--max-aspect-ratio", "inf"], ["--max-aspect-ratio: ", "finite"]),
         (["launch", "--", "eval", "x"], ["train"]),
         (["generate", "no-such-folder", "a three"], ["no-such-folder"]),
         (["data", "info", "no-such-folder"], ["no-such-folder"]),

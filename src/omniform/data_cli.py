@@ -1,0 +1,136 @@
+"""The `omniform data` commands. Each body imports what it calls, so that `--help` never waits for numpy."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from omniform.console import Json, Seed, harmless, print_json
+from omniform.errors import OmniformError
+
+data_app = typer.Typer(help="Build, check and look at training data.", no_args_is_help=True)
+
+IndexDir = Annotated[Path | None, typer.Option(help="Where the indexes lie, if not beside the shards.")]
+DataDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards (.tar), or of folders of shards.")]
+
+
+@data_app.command("build")
+def data_build(
+    world: Annotated[Literal["digits"], typer.Argument(metavar="WORLD", help="digits: handwritten digits, captioned.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    seed: Seed = 0,
+) -> None:
+    """Build a demo world from what installed packages ship, the same to the byte each time."""
+    from omniform.data.digits import build_digits
+
+    print(build_digits(out, seed=seed))
+
+
+@data_app.command("info")
+def data_info(folder: DataDir, index_dir: IndexDir = None) -> None:
+    """Print what a folder of shards is and holds, as JSON."""
+    from omniform.data.inspect import info
+
+    print_json(info(folder, index_dir))
+
+
+@data_app.command("verify")
+def data_verify(folder: DataDir, index_dir: IndexDir = None, as_json: Json = False) -> None:
+    """Check every bit against the stored digests; status 1 and the names of shard and sample if one differs."""
+    from omniform.data.verify import verify
+
+    report = verify(folder, index_dir)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print(harmless(str(report)))
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@data_app.command("preview")
+def data_preview(
+    folder: DataDir,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("preview.png"),
+    n: Annotated[int, typer.Option(min=1, help="Samples of each split.")] = 16,
+    index_dir: IndexDir = None,
+) -> None:
+    """Draw a contact sheet of pictures and captions."""
+    from omniform.data.inspect import preview
+
+    print(preview(folder, out, n, index_dir))
+
+
+@data_app.command("index")
+def data_index(
+    folder: DataDir,
+    index_dir: Annotated[Path | None, typer.Option(help="Write here (default: beside the shards).")] = None,
+) -> None:
+    """Write the index and digests of shards that came from elsewhere, so that they can be trained on."""
+    from omniform.data.index import index_shards
+
+    for path in index_shards(folder, index_dir):
+        print(path)
+
+
+@data_app.command("from-folder")
+def data_from_folder(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of images with captions, and its folders.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: train/, validation/ and report.json.")],
+    caption_from: Annotated[
+        Literal["files", "metadata", "folder"] | None,
+        typer.Option(
+            help="files: NAME.txt or NAME.json beside each image; metadata: metadata.csv or .jsonl at the top; folder: "
+            "the name of the folder it is in. (default: metadata if there is such a table, else files)"
+        ),
+    ] = None,
+    caption_key: Annotated[
+        str | None, typer.Option(help="Key or column of the caption. (default: caption, or else text)")
+    ] = None,
+    captionless: Annotated[Literal["skip", "keep"], typer.Option(help="Images that have no caption.")] = "skip",
+    validation: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the images to hold back, by a keyed hash of their paths.")
+    ] = 0.0,
+    seed: Seed = 0,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images in one .tar.")] = 2048,
+    max_pixels: Annotated[int, typer.Option(min=1, max=2**26, help="Leave larger images out.")] = 2**26,
+    min_size: Annotated[int, typer.Option(min=1, help="Leave out images whose shorter side has fewer pixels.")] = 1,
+    max_aspect_ratio: Annotated[
+        float | None,
+        typer.Option(min=1, help="Leave out images whose longer side is more than this times the shorter."),
+    ] = None,
+    resize: Annotated[
+        int | None, typer.Option(min=1, help="Make larger images smaller, to this shorter side. (default: as they are)")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first file that cannot be used.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a folder of captioned images into shards to train on, and say what was left out and why.
+
+    omniform data from-folder photos --out runs/photos-data --validation 0.05
+    """
+    from pydantic import ValidationError
+
+    from omniform.data.from_folder import FolderOptions, from_folder
+
+    try:
+        options = FolderOptions(
+            caption_from=caption_from,
+            caption_key=caption_key,
+            captionless=captionless,
+            validation=validation,
+            seed=seed,
+            samples_per_shard=samples_per_shard,
+            max_pixels=max_pixels,
+            min_size=min_size,
+            max_aspect_ratio=max_aspect_ratio,
+            resize=resize,
+            strict=strict,
+        )
+    except ValidationError as error:  # what the options above let through: inf
+        wrong = [f"--{entry['loc'][0]}".replace("_", "-") + f": {entry['msg']}" for entry in error.errors()]
+        raise OmniformError("; ".join(wrong)) from error
+    report = from_folder(folder, out, options)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print(harmless(str(report)))
