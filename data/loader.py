@@ -81,7 +81,8 @@ class TrainingData:
         stages: ascending from step 0, with the sources of `config` under other weights and tasks.
 
     Raises:
-        DataError: a source that cannot be read, a task that no sample serves, or a document longer than a row.
+        DataError: a source that cannot be read, a task that no sample serves, a weight too small to be drawn in any
+            stage, or a document longer than a row.
     """
 
     def __init__(
@@ -109,6 +110,8 @@ class TrainingData:
             [self._table(place, tuple(source.tasks)) for place, source in enumerate(stage.config.sources)]
             for stage in self.stages
         ]
+        for number in range(1, len(self.stages)):
+            self._start_stage(number, 0, None)  # what a mixture refuses is refused now, not at the hand-off
         self._stage_rows = {0: self._start_stage(0, 0, None)}
         kinds = {modality: objective.kind for modality, objective in objectives.items()}
         content = [_settings(config), [s.digest for s in self.sources], seed, WINDOW, vocabulary.digest(), kinds]

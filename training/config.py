@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -185,6 +186,19 @@ class FitConfig:
     def stage_at(self, step: int) -> int | None:
         """Return the place of the stage that `step` belongs to; None in a run without stages."""
         return bisect.bisect_right(self.stage_starts, step) - 1 if self.stages else None
+
+    def check_loss_terms(self, terms: Collection[str]) -> None:
+        """Check that what is trained has every loss term that a stage weighs.
+
+        Raises:
+            OmniformError: it has not.
+        """
+        for place, stage in enumerate(self.stages):
+            for term in stage.loss_weights:
+                if term not in terms:
+                    raise OmniformError(
+                        f"stages.{place}.loss_weights.{term}: no such loss term; there are {', '.join(terms)}"
+                    )
 
     def accumulation(self, world_size: int) -> int:
         """Return the number of micro-batches of each rank in a step.

@@ -55,7 +55,7 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
         SystemExit: SIGINT or SIGTERM came; a checkpoint was written first.
     """
     checkpoints = out / CHECKPOINTS
-    _check_loss_weights(config, task)
+    config.check_loss_terms(task.term_weights)
     # ZeRO takes the module apart: samples and the result come from a copy, which the first rank keeps.
     replica = copy.deepcopy(task.module) if is_first_process() else None
     engine = Engine(task.module, config)
@@ -121,15 +121,6 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
         commit(draft, out / result)
     engine.close()
     return out / result
-
-
-def _check_loss_weights(config: FitConfig, task: Task) -> None:
-    for place, stage in enumerate(config.stages):
-        for term in stage.loss_weights:
-            if term not in task.term_weights:
-                raise OmniformError(
-                    f"stages.{place}.loss_weights.{term}: no such loss term; there are {', '.join(task.term_weights)}"
-                )
 
 
 def _is_finished(checkpoints: Path, steps: int) -> bool:

@@ -58,6 +58,7 @@ def train(
     if dry_run:
         with torch.device("meta"):
             model = UnifiedModel(config.model, vocabulary)
+        config.check_loss_terms(model.term_weights)
         n_samples = sum(len(ShardReader(source.path, source.index_dir)) for source in config.data.sources)
         figures = forecast(model, config, world_size, free_disk=_free_disk(out))
         if is_first_process():
@@ -66,6 +67,7 @@ def train(
 
     torch.manual_seed(config.seed)
     model = UnifiedModel(config.model, vocabulary)
+    config.check_loss_terms(model.term_weights)
     open_run_folder(out, config, fresh=fresh)
     data = TrainingData(
         config.data,

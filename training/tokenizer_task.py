@@ -61,6 +61,7 @@ class ImageTokenizerTrainConfig(FitConfig):
 
     Attributes:
         data: folder of indexed shards, such as WORLD/train; every image span of it is learnt from.
+        index_dir: where its indexes are, if not beside the shards.
         max_images: the first so many are held in memory, as bytes; a larger folder is learnt from in part.
         commitment_weight: beta of VQ-VAE (arXiv:1711.00937, equation 3); FSQ has no such term.
         entropy_weight: of the entropy penalty of LFQ (arXiv:2310.05737, section 3.1); the others have no such term.
@@ -69,6 +70,7 @@ class ImageTokenizerTrainConfig(FitConfig):
 
     kind: Literal["conv_vq"]
     data: Path
+    index_dir: Path | None = None
     tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
     max_images: int = Field(default=200_000, ge=1)
     commitment_weight: float = Field(default=0.25, gt=0)
@@ -110,6 +112,7 @@ class TextTokenizerTrainConfig:
 
     Attributes:
         data: folders of indexed shards; every text span of them is learnt from.
+        index_dirs: where the indexes of each of `data` are, in its order; null: beside the shards. None: all are there.
         corpora: texts that packages ship: "python-topics" is the Python language reference in pydoc_data.
         vocab_size: ids in all, among them 256 bytes and "unknown".
     """
@@ -117,9 +120,19 @@ class TextTokenizerTrainConfig:
     kind: Literal["sentencepiece"]
     name: str = Field(pattern=NAME)
     data: tuple[Path, ...] = ()
+    index_dirs: tuple[Path | None, ...] | None = None
     corpora: tuple[Literal["python-topics"], ...] = ()
     vocab_size: int = Field(default=1024, ge=258)
     algorithm: Literal["bpe", "unigram"] = "bpe"
+
+    @model_validator(mode="after")
+    def _check_index_dirs(self) -> "TextTokenizerTrainConfig":
+        if self.index_dirs is not None and len(self.index_dirs) != len(self.data):
+            raise ValueError(
+                f"index_dirs has {len(self.index_dirs)} entries for {len(self.data)} folders in data: give one for "
+                "each, null where the indexes are beside the shards"
+            )
+        return self
 
 
 _CONFIGS: dict[str, type[ImageTokenizerTrainConfig] | type[TextTokenizerTrainConfig]] = {
@@ -156,7 +169,7 @@ class ImageTokenizerTask:
                 "features": config.adversarial.feature_weight,
                 "discriminator": 1.0,
             }
-        reader = ShardReader(config.data)
+        reader = ShardReader(config.data, config.index_dir)
         self._images, self.unreadable = _read_images(reader, self.tokenizer, config.max_images)
         self._identity = {"data": reader.digest, "n_images": len(self._images)}
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
@@ -222,12 +235,13 @@ def train_tokenizer(
     Raises:
         OmniformError: the configuration, the data or the run folder cannot be used.
     """
-    config = _load_config(config_path, overrides)
+    config = load_config(config_path, overrides)
     out = out or Path("runs") / config.name
     if isinstance(config, TextTokenizerTrainConfig):
         return _train_text(config, out, fresh=fresh)
     task = ImageTokenizerTask(config)
-    config.accumulation(int(os.environ.get("WORLD_SIZE", "1")))  # fails here rather than with the folder made
+    config.accumulation(int(os.environ.get("WORLD_SIZE", "1")))  # both fail here rather than with the folder made
+    config.check_loss_terms(task.term_weights)
     open_run_folder(out, config, fresh=fresh, result=RESULT)
     if task.unreadable:
         print(f"images of {config.data} that cannot be read are left out: {task.unreadable}", flush=True)
@@ -238,7 +252,12 @@ def train_tokenizer(
     return fit(task, config, out, result=RESULT, preview=preview)
 
 
-def _load_config(path: Path, overrides: Sequence[str]) -> ImageTokenizerTrainConfig | TextTokenizerTrainConfig:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> ImageTokenizerTrainConfig | TextTokenizerTrainConfig:
+    """Read a YAML file of either kind, with dotted key=value overrides.
+
+    Raises:
+        ConfigError: it cannot be read, or is not such a configuration.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
@@ -275,8 +294,8 @@ def _read_texts(config: TextTokenizerTrainConfig) -> tuple[list[str], Tally]:
     """Return the texts, and which samples could not be read."""
     texts: list[str] = []
     unreadable = Tally()
-    for folder in config.data:
-        reader = ShardReader(folder)
+    for folder, index_dir in zip(config.data, config.index_dirs or [None] * len(config.data), strict=True):
+        reader = ShardReader(folder, index_dir)
         for place in range(len(reader)):
             try:
                 texts += [span.text for span in reader[place].spans if span.text is not None]

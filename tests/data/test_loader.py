@@ -303,6 +303,10 @@ def test_what_cannot_be_trained_on_is_refused_before_it_starts(
     ):
         with pytest.raises(DataError, match=message):
             make(sources=(SourceConfig(path=tmp_path / path, tasks=tasks),))
+    config = make().config
+    rare = config.changed({"small": SourceChange(weight=1e-6)})
+    with pytest.raises(DataError, match=r"small has the weight 1e-06 .*less than one draw"):
+        make(stages=(DataStage(0, config), DataStage(3, rare)))
     (tmp_path / "large" / "000000.index.json").unlink()
     with pytest.raises(DataError, match=f"omniform data index {tmp_path / 'large'}"):
         make()

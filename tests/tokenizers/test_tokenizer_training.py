@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from omniform.data.digits import build_digits
+from omniform.data.index import index_shards
 from omniform.errors import OmniformError
 from omniform.tokenizers.base import folder_digest
 from omniform.tokenizers.registry import load_modality
@@ -128,6 +129,17 @@ def test_damaged_samples_are_counted_and_left_out(
     )
 
 
+def test_indexes_may_lie_elsewhere(world: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(world / "validation", tmp_path / "bare", ignore=shutil.ignore_patterns("*.json"))
+    index_shards(bare, tmp_path / "indexes")
+    before = sorted(bare.iterdir())
+    config = {**image_config(world), "data": str(bare), "index_dir": str(tmp_path / "indexes"), "steps": 1}
+    train_tokenizer(write(tmp_path / "image.yaml", config), [], tmp_path / "image")
+    overrides = [f"data=[{world}/validation,{bare}]", f"index_dirs=[null,{tmp_path}/indexes]", "vocab_size=400"]
+    train_tokenizer(CONFIGS / "digits-text.yaml", overrides, tmp_path / "text")
+    assert sorted(bare.iterdir()) == before
+
+
 def test_configurations_that_cannot_be_used_are_refused(world: Path, tmp_path: Path) -> None:
     config = image_config(world)
     cases = [
@@ -136,6 +148,12 @@ def test_configurations_that_cannot_be_used_are_refused(world: Path, tmp_path: P
         ({**config, "tokenizer": {"image_size": 18}}, "tokenizer: image_size is 18, expected a multiple of 4"),
         ({**config, "engine": {"precision": "bf16"}}, "choose bf16_autocast"),
         ({**config, "data": str(tmp_path / "none")}, "none holds no .tar shards"),
+        (
+            {**config, "stages": [{"name": "a", "loss_weights": {"txet": 1.0}}]},
+            "txet: no such loss term",
+        ),
+        ({**config, "index_dir": str(tmp_path)}, f"omniform data index {world}/validation"),
+        ({"kind": "sentencepiece", "name": "t", "data": ["a", "b"], "index_dirs": [None]}, "1 entries for 2 folders"),
         ({**config, "rows_per_step": 0}, "rows_per_step: .*greater than or equal to 1"),
     ]
     for content, message in cases:

@@ -236,14 +236,16 @@ def test_forecast_flops_are_those_that_torch_counts(config_file: Path, trained: 
             "stages=[{name: a, mixture: {train: {weight: 0}, train-text: {weight: 0}}}]",
             r"stages\.0\.mixture: every source has the weight 0",
         ),
+        ("stages=[{name: a, loss_weights: {imgae: 1}}]", r"stages\.0\.loss_weights\.imgae: no such .*are text, image"),
         ("data.sources.1.weight=0", r"data\.sources\.1: train-text has the weight 0 in the whole run"),
     ],
 )
 def test_bad_config_fails_before_anything_is_written(
     config_file: Path, tmp_path: Path, override: str, message: str
 ) -> None:
-    with pytest.raises(OmniformError, match=message):
-        train(config_file, [override], tmp_path / "run")
+    for dry_run in (True, False):
+        with pytest.raises(OmniformError, match=message):
+            train(config_file, [override], tmp_path / "run", dry_run=dry_run)
     assert not (tmp_path / "run").exists()
 
 
