@@ -22,7 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from omniform import __version__
-from omniform.data.digits import build_digits
+from omniform.data import digits
 from omniform.data.sealed import unseal, write_atomically
 from omniform.data.templates import TEST_TEMPLATES, render
 from omniform.data.verify import MANIFEST as WORLD_MANIFEST
@@ -77,7 +77,7 @@ def run_demo(out: Path, fresh: bool = False, size: Literal["full", "tiny"] = "fu
     """
     _refuse_foreign(out)
     lock_folder(out)
-    run_stages(_stages(out, size), out / "stages.json", fresh=fresh)
+    run_stages(demo_stages(out, size), out / "stages.json", fresh=fresh)
     note = "Size tiny: a few steps of everything. The model has learnt nothing yet." if size == "tiny" else ""
     report = write_report(out, _commands(out, size), note)
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -122,7 +122,8 @@ def run_stages(stages: Sequence[Stage], record: Path, *, fresh: bool = False) ->
         print(f"{title}: {entry['seconds']:.0f} s, peak memory {entry['peak_mib']:,.0f} MiB", flush=True)
 
 
-def _stages(out: Path, size: str) -> list[Stage]:
+def demo_stages(out: Path, size: str) -> list[Stage]:
+    """Return the stages of the demo in `out`, in order."""
     data, model = out / "data", out / "model"
     tiny = size == "tiny"
     copies, limit = (1, 20) if tiny else (16, None)
@@ -149,7 +150,7 @@ def _stages(out: Path, size: str) -> list[Stage]:
         if fresh and (data / WORLD_MANIFEST).exists():
             unseal(data / WORLD_MANIFEST, f"if {data} may go, remove it; else choose another --out")  # is it ours?
             shutil.rmtree(data)
-        build_digits(data, copies=copies)
+        digits.build_digits(data, copies=copies)
 
     def fit(fresh: bool) -> None:
         preview = functools.partial(draw_samples, prompts=_PROMPTS)
@@ -165,7 +166,7 @@ def _stages(out: Path, size: str) -> list[Stage]:
         evaluate_any_to_any(Model(loaded), data, limit=limit, out=out / "metrics.json")
 
     return [
-        Stage("data", [__version__, copies], (data / "manifest.json",), build),
+        Stage("data", [__version__, digits.VERSION, copies], (data / "manifest.json",), build),
         *(tokenizer_stage(modality) for modality in MODALITIES),
         Stage("model", recipe["model"], (model / "manifest.sha256",), fit),
         Stage("evaluation", limit, (out / "metrics.json", out / "samples.json", out / "samples/images.png"), evaluate),

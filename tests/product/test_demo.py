@@ -1,5 +1,6 @@
 """The demo: stages are done once and in order, and what it and the README say to try works."""
 
+import inspect
 import json
 import os
 import re
@@ -14,8 +15,12 @@ import typer
 from typer.testing import CliRunner
 
 from omniform.cli import app
-from omniform.demo import Stage, run_demo, run_stages
+from omniform.data import digits
+from omniform.demo import Stage, demo_stages, run_demo, run_stages
 from omniform.errors import OmniformError
+from omniform.modeling.config import parse_config
+from omniform.training.config import TrainConfig
+from omniform.training.tokenizer_task import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,6 +97,13 @@ def test_a_folder_with_other_things_is_left_alone(name: str, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.rglob("*.*")] == ["thesis.txt"]
 
 
+def test_a_world_of_another_version_is_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in (digits.VERSION, digits.VERSION + 1):
+        monkeypatch.setattr(digits, "VERSION", version)
+        run_stages(demo_stages(tmp_path, "tiny")[:1], tmp_path / "stages.json")
+        assert json.loads((tmp_path / "data" / "manifest.json").read_text())["version"] == version
+
+
 def test_data_under_a_manifest_of_another_kind_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text('{"files": ["precious"]}')
@@ -142,6 +154,27 @@ def test_readme_shows_commands_and_options_that_exist(arguments: list[str]) -> N
     options = {option for parameter in command.params for option in parameter.opts}
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     assert {argument for argument in own if argument.startswith("--")} <= options
+
+
+def training_commands() -> list[tuple[str, list[str]]]:
+    """(config, overrides) of each that the README and the help of `train` and `launch` show."""
+    helps = "\n".join(inspect.getdoc(command.callback) or "" for command in app.registered_commands)
+    examples = [shlex.split(line)[1:] for line in helps.splitlines() if line.startswith("omniform ")]
+    found = []
+    for arguments in [*shown_commands(), *examples]:
+        if "train" in arguments:
+            config, *rest = arguments[arguments.index("train") + 1 :]
+            found.append((config, [argument for argument in rest if "=" in argument]))
+    return found
+
+
+@pytest.mark.parametrize(("config", "overrides"), training_commands(), ids=str)
+def test_training_commands_that_are_shown_fit_their_configs(config: str, overrides: list[str]) -> None:
+    file = ROOT / "configs" / f"{config}.yaml"
+    if config.startswith("tokenizers/"):
+        load_config(file, overrides)
+    else:
+        parse_config(TrainConfig, file.read_text(encoding="utf-8"), overrides)
 
 
 def test_readme_links_lead_somewhere() -> None:
