@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import posixpath
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ class Captions:
         With a table, each row can be found once: `rows` keeps those that no image asked for.
 
         Raises:
-            FileError: there is one that is not text.
+            FileError: there is one that is not text, or longer than MAX_CAPTION_BYTES.
         """
         found = self._find(path)
         if found is None:
@@ -55,9 +56,11 @@ class Captions:
         if not isinstance(found, str):
             raise FileError("caption is not text", path, f"a {type(found).__name__}")
         try:
-            found.encode()
+            size = len(found.encode())
         except UnicodeEncodeError as error:
             raise FileError("caption is not text", path, f"no character at position {error.start}") from error
+        if size > MAX_CAPTION_BYTES:
+            raise FileError("caption too long", path, f"{size} bytes, expected at most {MAX_CAPTION_BYTES}")
         return found.strip() or None
 
     def _find(self, path: str) -> object:
@@ -66,13 +69,14 @@ class Captions:
         if self.source == "metadata":
             return self.rows.pop(path, None)
         stem = posixpath.splitext(path)[0]
+        # os.path.exists is False where a name with this ending is too long; Path.exists raises.
         for name in (f"{stem}.txt", f"{stem}.TXT"):
-            if (self._tree.root / name).exists():
+            if os.path.exists(self._tree.root / name):
                 text = self._read(name)
                 if text.strip():
                     return text
         for name in (f"{stem}.json", f"{stem}.JSON"):
-            if (self._tree.root / name).exists():
+            if os.path.exists(self._tree.root / name):
                 try:
                     record = json.loads(self._read(name))
                 except (ValueError, RecursionError) as error:
@@ -106,7 +110,9 @@ class Captions:
                     if path in rows:
                         raise DataError(f"{table}, line {number}: {name!r} stands there twice: keep one row per image")
                     rows[path] = next((row[key] for key in self._keys if row.get(key) is not None), None)
-        except (csv.Error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except DataError:
+            raise
+        except (csv.Error, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, endless digits
             raise DataError(f"{table} cannot be read: {error}") from error
         return rows
 

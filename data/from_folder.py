@@ -13,8 +13,9 @@ import io
 import json
 import os
 import posixpath
-import shutil
 import sys
+import tempfile
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
@@ -53,7 +54,9 @@ SUFFIXES = {
     **{".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"},
 }
 JPEG_QUALITY = 95
+_CONTROLS = ("Cc", "Zl", "Zp")  # Unicode categories of what commands a terminal, or ends a line
 _LINE_EVERY = 10_000
+_SHOWN_ENDINGS = 20
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -96,7 +99,8 @@ class FolderReport:
         kept: images in each split.
         skipped: images that were left out, by reason.
         noted: images that were kept, by remark.
-        other_files: how many files of which ending are no images; captions among them.
+        other_files: how many files of which ending are no images, captions among them: the most frequent 20 endings,
+            "other endings" in all, and "hidden".
         unused_rows: rows of the table that name no image.
     """
 
@@ -138,8 +142,9 @@ def from_folder(folder: Path, out: Path, options: FolderOptions | None = None) -
         raise DataError(f"{out} exists and is not empty: remove it or choose another folder")
     captions = Captions(tree, options.caption_from, options.caption_key)
     report = FolderReport()
-    draft = final.with_name(f".{final.name}.{os.getpid()}.partial")
-    try:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(".partial", f".{final.name}.", final.parent) as private:
+        draft = Path(private) / final.name  # its parent is for this process alone, whoever may read the result
         with contextlib.ExitStack() as stack:
             writers: dict[str, ShardWriter] = {}
             for path, sample in _samples(tree, captions, options, report):
@@ -156,9 +161,9 @@ def from_folder(folder: Path, out: Path, options: FolderOptions | None = None) -
         (draft / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         about = {"format": "omniform-folder", "version": VERSION, "options": asdict(options), "samples": report.kept}
         write_manifest(draft, about)
+        if final.exists():
+            final.rmdir()  # `commit` would replace what came into it meanwhile
         commit(draft, final)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return report
 
 
@@ -206,9 +211,9 @@ def _samples(
         spans = [] if caption is None else [RawSpan("text", text=caption)]
         spans.append(RawSpan("image", payload=content, extension=extension))
         yield path, RawSample(f"{sum(report.kept.values()):09d}", tuple(spans), {"file": _printable(path)})
-    if tree.n_hidden:
-        others["hidden"] = tree.n_hidden
-    report.other_files = dict(sorted(others.items(), key=lambda item: (-item[1], item[0]))[:20])
+    ordered = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    rest = {"other endings": sum(n for _, n in ordered[_SHOWN_ENDINGS:]), "hidden": tree.n_hidden}
+    report.other_files = dict(ordered[:_SHOWN_ENDINGS]) | {what: n for what, n in rest.items() if n}
 
 
 def _unfit(header: ImageHeader, options: FolderOptions) -> str | None:
@@ -248,5 +253,6 @@ def _uniform(path: str, seed: int) -> float:
 
 
 def _printable(path: str) -> str:
-    """Return a path as text that any file can hold: names need not be UTF-8."""
-    return path.encode(errors="backslashreplace").decode()
+    """Return a path as text that any file can hold, in one line: names need not be UTF-8, and may hold line breaks."""
+    shown = path.encode(errors="backslashreplace").decode()
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _CONTROLS else c for c in shown)

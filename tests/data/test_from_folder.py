@@ -141,6 +141,7 @@ def test_captions_stand_in_one_table(tmp_path: Path, kind: str) -> None:
         ({"metadata.csv": "file_name,text\n,x\n"}, "line 2: no `file_name`"),
         ({"metadata.jsonl": "[]\n"}, "line 1: a list"),
         ({"metadata.jsonl": "{"}, "cannot be read"),
+        ({"metadata.jsonl": '{"file_name": ' + "1" * 5000 + "}"}, "cannot be read: .*digits"),
         ({"metadata.jsonl": '{"text": "x"}'}, "line 1: no `file_name`"),
         ({"metadata.jsonl": '{"file_name": "\\ud800", "text": "x"}'}, "no image could be kept"),
         ({"metadata.jsonl": "", "metadata.csv": ""}, "holds metadata.csv and metadata.jsonl"),
@@ -155,6 +156,14 @@ def test_tables_that_cannot_be_used_are_refused(tmp_path: Path, tables: dict, me
             fill(tmp_path / "none", {"a.png": picture()}), tmp_path / "out", FolderOptions(caption_from="metadata")
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_caption_of_a_table_has_the_bound_of_every_caption(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{name}.png", "text": "x" * (2**20 + more)} for name, more in (("a", 1), ("b", 0))]
+    table = "".join(json.dumps(row) + "\n" for row in rows)
+    photos = fill(tmp_path / "photos", {"a.png": picture(), "b.png": picture(), "metadata.jsonl": table})
+    assert reasons(from_folder(photos, tmp_path / "out")) == {"caption too long": ["a.png"]}
+    assert list(captions(tmp_path / "out")) == ["b.png"]
 
 
 def test_captions_are_names_of_folders(tmp_path: Path) -> None:
@@ -276,8 +285,31 @@ def test_names_of_any_bytes_are_kept_apart(tmp_path: Path) -> None:
     for suffix, content in ((b".png", picture()), (b".txt", b"raw")):
         Path(os.fsdecode(raw + suffix)).write_bytes(content)
     from_folder(photos, tmp_path / "out")
-    assert captions(tmp_path / "out") == {"a.b.png": "dots", "ü.png": "u", "\\udcff\x1b[31m.png": "raw"}
+    assert captions(tmp_path / "out") == {"a.b.png": "dots", "ü.png": "u", "\\udcff\\x1b[31m.png": "raw"}
     assert verify(tmp_path / "out").ok
+
+
+def test_the_longest_names_have_captions_too(tmp_path: Path) -> None:
+    name = "x" * 251  # with .png a name can be no longer, and with .json it would be
+    photos = fill(tmp_path / "photos", {f"{name}.png": picture(), "y" * 251 + ".png": picture(), f"{name}.txt": "x"})
+    assert reasons(from_folder(photos, tmp_path / "out")) == {"no caption": ["y" * 251 + ".png"]}
+    assert captions(tmp_path / "out") == {f"{name}.png": "x"}
+
+
+def test_no_name_forges_a_line_of_the_report(tmp_path: Path) -> None:
+    files = {"a\nskipped: 9 x.png": b"", "b\u2028.png": picture(), "c.\r\x1b[2J": b"", "d.png": picture(), "d.txt": "d"}
+    report = from_folder(fill(tmp_path / "photos", files), tmp_path / "out")
+    assert reasons(report) == {"empty file": ["a\\nskipped: 9 x.png"], "no caption": ["b\\u2028.png"]}
+    assert report.other_files == {".\\r\\x1b[2j": 1, ".txt": 1}
+    assert len(str(report).splitlines()) == 4
+
+
+def test_rare_endings_are_counted_together(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {f"{copy}.{n:02d}x": b"" for n in range(25) for copy in range(2 if n < 19 else 1)}
+    photos = fill(tmp_path / "photos", {**files, "a.png": picture(), "a.txt": "a", "b.txt": "", "c.txt": "", ".d": b""})
+    counts = from_folder(photos, tmp_path / "out").other_files
+    assert next(iter(counts)) == ".txt"
+    assert counts == {".txt": 3, **{f".{n:02d}x": 2 for n in range(19)}, "other endings": 6, "hidden": 1}
 
 
 def many(folder: Path, names: range) -> Path:
@@ -372,10 +404,26 @@ def test_nothing_is_left_after_an_error_and_nothing_is_overwritten(tmp_path: Pat
     from_folder(photos, tmp_path / "out")
     with pytest.raises(DataError, match="exists and is not empty"):
         from_folder(photos, tmp_path / "out")
+    left = fill(tmp_path, {f".new.{os.getpid()}.partial/train/000000.tar": b"of a run that was killed"})
+    from_folder(photos, left / "new")
+    assert contents(tmp_path / "new") == contents(tmp_path / "out")
     with pytest.raises(DataError, match="lies in"):
         from_folder(photos, photos / "shards")
     with pytest.raises(DataError, match="is not a folder"):
         from_folder(photos / "0" / "0.png", tmp_path / "x")
+
+
+def test_what_came_into_the_folder_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    many(tmp_path / "photos", range(500))
+    command = [sys.executable, "-m", "omniform.cli", "data", "from-folder", "photos", "--out", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as running:
+        assert running.stderr is not None
+        assert running.stderr.readline().endswith(b"image 1\n")  # of 500
+        fill(tmp_path / "out", {"thesis.txt": "precious"})
+        assert b"out: Directory not empty" in running.communicate()[1]
+    assert running.returncode == 2
+    assert contents(tmp_path / "out") == {"thesis.txt": b"precious"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "photos"}
 
 
 @pytest.mark.parametrize(
