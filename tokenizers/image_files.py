@@ -7,6 +7,7 @@ recognised by content; a file's name says nothing.
 """
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 2**27
 MAX_PIXELS = 2**26  # decoding takes up to 24 bytes per pixel (WebP)
 MAX_JPEG_SCANS = 100  # each scan costs a pass over all pixels, and a few bytes can ask for one
+# Within a scan, FF is never followed by DA. The length, of 1 to 4 components, tells a header from the bytes of a film
+# that phones append. Thumbnails count too.
+_SCAN_HEADER = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e]")
 TIFF_COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate")
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 _EXIF_ORIENTATION = 0x0112
@@ -192,8 +196,7 @@ def _opened(payload: bytes, max_pixels: int) -> Iterator[Image.Image]:
                     f"a TIFF image is compressed as {image.info.get('compression')!r}, expected one of "
                     f"{', '.join(TIFF_COMPRESSIONS)}: convert it first",
                 )
-            # Within a scan, FF is always followed by 00, so every FF DA begins a scan (of the picture or a thumbnail).
-            if image.format in ("JPEG", "MPO") and payload.count(b"\xff\xda") > MAX_JPEG_SCANS:
+            if image.format in ("JPEG", "MPO") and len(_SCAN_HEADER.findall(payload)) > MAX_JPEG_SCANS:
                 raise ImageFileError("too many scans", f"a JPEG image has more than {MAX_JPEG_SCANS} scans")
             yield image
 
