@@ -24,8 +24,8 @@ transformers.PreTrainedTokenizerFast, transformers.LlamaConfig, diffusers.Autoen
 assert hasattr(tokenizers, "Tokenizer"), tokenizers
 import omniform.tokenizers.vocabulary, omniform.kernels.keyed_noise
 assert tokenizers is not omniform.tokenizers
-# In one piece, or two processes would write into each other's lines.
-sys.stdout.write("as it " + "should be\n")
+# One text, which two processes cannot write into each other.
+print("as it " + "should be")
 """
 
 
