@@ -168,7 +168,10 @@ def index_shard(shard: Path) -> ShardIndex:
                 continue
             if member_key != key:
                 if member_key in seen:
-                    raise DataError(f"{shard} holds the key {member_key!r} twice, apart: make keys unique")
+                    raise DataError(
+                        f"{shard} holds files of the sample {member_key!r} in two places: the files of a sample must "
+                        "follow one another; sort them by name, and make keys unique"
+                    )
                 if members:
                     samples.append(_record(content, key, start, members))
                 seen.add(member_key)

@@ -77,7 +77,7 @@ class Edit:
             raise OmniformError(
                 f"the mask covers {int(beyond.sum())} pixels outside of the part that the model sees, which is "
                 f"{tuple(round(side, 1) for side in frame)} (left, top, right, bottom) of {picture.width} x "
-                f"{picture.height}: crop the picture to that shape, or mask less"
+                f"{picture.height}: mask less, or give the picture that shape (by margins, where it is to be continued)"
             )
         rows = _overlap(tokens.grid[-2], frame[1], frame[3], picture.height)
         columns = _overlap(tokens.grid[-1], frame[0], frame[2], picture.width)
@@ -155,7 +155,9 @@ def _plain(image: Image.Image) -> Image.Image:
 
 def _transparent(image: Image.Image) -> npt.NDArray[np.bool_]:
     if not image.has_transparency_data:
-        raise OmniformError("the picture has nothing transparent to draw anew: give a mask, or a strength")
+        raise OmniformError(
+            "the picture has nothing transparent to draw anew: give a mask, a strength, or margins to add"
+        )
     # Pillow turns premultiplied grey into nothing but plain grey.
     alpha = (image.convert("LA") if image.mode == "La" else image).convert("RGBA").getchannel("A")
     if "exif" in image.info:

@@ -74,8 +74,8 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """All text, joined."""
-        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+        """All text, one part per line."""
+        return "\n".join(part.text for part in self.parts if isinstance(part, TextPart))
 
     @property
     def images(self) -> list[Image.Image]:

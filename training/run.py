@@ -140,6 +140,11 @@ def _read(path: Path) -> str:
 
 
 def _load_tokenizer(name: str, folder: Path) -> Modality:
+    if not folder.exists():
+        raise OmniformError(
+            f"tokenizers.{name} is {folder}, which does not exist: train it first, with "
+            f"`omniform tokenizer train CONFIG --out {folder.parent}`"
+        )
     tokenizer = load_modality(folder)
     if tokenizer.name != name:
         raise OmniformError(

@@ -156,7 +156,9 @@ def generate(
     strength: Annotated[float | None, typer.Option(help="Instead of a mask: fraction to vary, in (0, 1].")] = None,
     outpaint: Annotated[
         tuple[int, int, int, int] | None,
-        typer.Option(metavar="LEFT TOP RIGHT BOTTOM", help="Instead of a mask: pixels to add at each side."),
+        typer.Option(
+            metavar="LEFT TOP RIGHT BOTTOM", help="Instead of a mask: pixels to add at each side, to a square."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -176,7 +176,8 @@ def _samples(samples: Mapping[str, Any]) -> str:
 def _sample(entry: Mapping[str, Any]) -> str:
     wrong = entry["judged"] != entry["digit"]
     verdict = "no digit named" if entry["judged"] is None else f"judged {entry['judged']}"
-    shown = f"<em>{'wrong' if wrong else 'right'}: {verdict}</em>"
+    expected = f", expected {entry['digit']}" if wrong else ""
+    shown = f"<em>{'wrong' if wrong else 'right'}: {verdict}{expected}</em>"
     pictures = "".join(f'<img src="{html.escape(p["image"])}" alt="">' for p in _sides(entry) if "image" in p)
     texts = " &rarr; ".join(html.escape(_shortened(p["text"])) for p in _sides(entry) if "text" in p)
     return f"<figure{' class=wrong' if wrong else ''}>{pictures}<figcaption>{texts}<br>{shown}</figcaption></figure>"
@@ -199,7 +200,8 @@ def _documents(metrics: Mapping[str, Any], path: Path) -> str:
         + _table(("", "accuracy", "95% interval", "n", "chance", "ceiling"), rows)
         + '<p class="note">counting: given a text and a picture, is the next digit named, is it drawn, do both agree? '
         "naming: given a text that names no digit, is the real picture after it read, and does the model's text name "
-        "what it has drawn there itself, with no digit asked for? free: given "
+        "what it has drawn there itself, with no digit asked for? (That drawing is often no digit: the drawing fails, "
+        "not the reading.) free: given "
         "the first text, the model chooses what comes and when to end. Below, what was given stands before the bar; "
         "the first of each kind, as they came.</p>"
         f'<div class="documents">{shown}</div>'

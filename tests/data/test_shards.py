@@ -213,7 +213,7 @@ def _member(name: str, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
         ([_member("../a.txt")], "outside of its archive"),
         ([_member("/a.txt")], "outside of its archive"),
         ([_member("a.txt"), _member("a.txt")], "the member 'txt' twice"),
-        ([_member("a.txt"), _member("b.txt"), _member("a.json")], "the key 'a' twice"),
+        ([_member("a.txt"), _member("b.txt"), _member("a.json")], "the sample 'a' in two places"),
     ],
 )
 def test_archives_that_are_no_shards_are_refused(

@@ -44,7 +44,7 @@ def test_prompt_forms(prompt: object, parts: tuple[object, ...]) -> None:
 def test_a_reply_is_a_prompt() -> None:
     reply = Reply((TextPart("seven"), ImagePart(PICTURE), TextPart("!", "length")), seed=4)
     assert parse_prompt(reply.parts) == reply.parts
-    assert reply.text == "seven!"
+    assert reply.text == "seven\n!"
     assert reply.images == [PICTURE]
 
 
