@@ -344,11 +344,11 @@ def run(arms: Sequence[str] = ARMS) -> dict[str, Any]:
         figures[arm]["less_next_token"] = difference_interval(figures[arm]["n_right"], N, of_reference, N)
         shown = [to_picture(picture) for picture in drawn[arm][:60]]
         if arm in (REFERENCE, *COMPARED):
-            image_grid(shown, scale=2).save(DOCS / f"objectives-{arm.replace(' ', '-').replace('_', '-')}.png")
+            image_grid(shown, scale=4).save(DOCS / f"objectives-{arm.replace(' ', '-').replace('_', '-')}.png")
     # Ten drawings, a digit each, through the halves in turn; one column per drawing.
     picked = [rows[10 * (digit % len(HALVES)) + digit] for digit in range(10)]
     shown = [row[kind] for kind in range(4) for row in picked]
-    image_grid(shown, scale=2).save(DOCS / "objectives-inpainting.png")
+    image_grid(shown, scale=4).save(DOCS / "objectives-inpainting.png")
     results = {
         "training": training,
         "parameters": sum(p.numel() for p in models[REFERENCE].network.parameters()),
