@@ -164,12 +164,19 @@ def test_a_file_cut_anywhere_is_refused_or_whole(file_format: str) -> None:
         st.builds(bytes.__add__, st.sampled_from([p[:40] for p in WHOLE.values()]), st.binary(max_size=200)),
     )
 )
-def test_random_bytes_are_refused(payload: bytes) -> None:
-    for read in (read_header, lambda payload: read_picture(payload, "L", 2**20)):
-        try:
-            read(payload)
-        except ImageFileError:
-            continue
+def test_random_bytes_are_a_bounded_picture_or_are_refused(payload: bytes) -> None:
+    try:
+        header = read_header(payload, 2**20)
+    except ImageFileError:
+        with pytest.raises(ImageFileError):
+            read_picture(payload, "L", 2**20)
+        return
+    assert header.width * header.height <= 2**20
+    try:
+        picture = read_picture(payload, "L", 2**20)
+    except ImageFileError:
+        return
+    assert picture.size == (header.width, header.height)
 
 
 @settings(max_examples=300)
