@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from omniform.tokenizers.codecs.codec import Codec
+from omniform.tokenizers.codecs.quantizer import mean_per_item
 
 GENERATOR_TERMS = ("adversarial", "features")
 
@@ -68,14 +69,10 @@ class AdversarialCodec(nn.Module):
         frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         *of_fake, score = torch.func.functional_call(self.discriminator, frozen, (reconstruction,))
         of_real = [feature.detach().chunk(2)[0] for feature in features]
-        distances = [_mean_per_image((a.float() - b.float()).square()) for a, b in zip(of_fake, of_real, strict=True)]
+        distances = [mean_per_item((a.float() - b.float()).square()) for a, b in zip(of_fake, of_real, strict=True)]
         return {
             **losses,
-            "adversarial": -_mean_per_image(score.float()).sum(),
+            "adversarial": -mean_per_item(score.float()).sum(),
             "features": torch.stack(distances).mean(0).sum(),
-            "discriminator": (_mean_per_image(F.relu(1 - real)) + _mean_per_image(F.relu(1 + fake))).sum(),
+            "discriminator": (mean_per_item(F.relu(1 - real)) + mean_per_item(F.relu(1 + fake))).sum(),
         }
-
-
-def _mean_per_image(values: Float[Tensor, "B c h w"]) -> Float[Tensor, "B"]:
-    return values.mean((1, 2, 3))

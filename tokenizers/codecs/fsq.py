@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from omniform.tokenizers.codecs.quantizer import Quantized, Quantizer
+from omniform.tokenizers.codecs.quantizer import Quantized, Quantizer, along_channels
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -44,30 +44,33 @@ class FSQ(Quantizer):
         self.register_buffer("place_values", torch.cumprod(counts, 0) // counts, persistent=False)
 
     @property
-    def residual_scale(self) -> Float[Tensor, "D 1 1"]:
+    def residual_scale(self) -> Float[Tensor, "D"]:
         """One over the levels of each channel: the finer grid fills the interval that rounds to one value, evenly
         where the levels are odd and short of its upper end where they are even."""
-        return 1 / self.levels.view(-1, 1, 1)
+        return 1 / self.levels
 
-    def bound(self, latents: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+    def bound(self, latents: Float[Tensor, "B D *S"]) -> Float[Tensor, "B D *S"]:
         """Squash each channel into the interval that rounds to its values."""
         with torch.autocast(latents.device.type, enabled=False):
-            levels = self.levels.view(-1, 1, 1)
+            levels = along_channels(self.levels, latents)
             reach = (levels - 1) * (1 - 1e-3) / 2
             offset = 0.5 * (levels % 2 == 0)
             bounded = torch.tanh(latents.float() + torch.atanh(offset / reach)) * reach - offset
             return bounded / (levels // 2)
 
-    def choose(self, latents: Float[Tensor, "B D H W"]) -> Quantized:
+    def choose(self, latents: Float[Tensor, "B D *S"]) -> Quantized:
         """Round to the nearest values and number them."""
-        half = (self.levels // 2).view(-1, 1, 1)
+        levels = along_channels(self.levels, latents)
+        half = levels // 2
         digits = (latents * half).round().long() + half
-        digits = torch.minimum(digits.clamp(min=0), self.levels.view(-1, 1, 1) - 1)
-        codes = (digits * self.place_values.view(-1, 1, 1)).sum(1)
+        digits = torch.minimum(digits.clamp(min=0), levels - 1)
+        codes = (digits * along_channels(self.place_values, latents)).sum(1)
         return Quantized(latents + ((digits - half) / half - latents).detach(), codes, {})
 
-    def code_vectors(self, codes: Int[Tensor, "B H W"]) -> Float[Tensor, "B D H W"]:
+    def code_vectors(self, codes: Int[Tensor, "B *S"]) -> Float[Tensor, "B D *S"]:
         """Read a code as a number of mixed radix: one digit per channel, scaled to [-1, 1]."""
-        half = (self.levels // 2).view(-1, 1, 1)
-        digits = codes[:, None] // self.place_values.view(-1, 1, 1) % self.levels.view(-1, 1, 1)  # (B, D, H, W)
+        numbers = codes[:, None]
+        levels, place_values = along_channels(self.levels, numbers), along_channels(self.place_values, numbers)
+        half = levels // 2
+        digits = numbers // place_values % levels  # (B, D, *S)
         return (digits - half).float() / half

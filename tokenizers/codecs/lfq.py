@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from omniform.tokenizers.codecs.quantizer import Quantized, Quantizer
+from omniform.tokenizers.codecs.quantizer import Quantized, Quantizer, along_channels, mean_per_item
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -58,26 +58,26 @@ class LFQ(Quantizer):
         """A half: from [-2, 2], signs leave [-1, 1]."""
         return 0.5
 
-    def choose(self, latents: Float[Tensor, "B D H W"]) -> Quantized:
+    def choose(self, latents: Float[Tensor, "B D *S"]) -> Quantized:
         """Take and number the signs."""
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
             positive = latents > 0
-            codes = (positive * self.place_values.view(-1, 1, 1)).sum(1)
+            codes = (positive * along_channels(self.place_values, latents)).sum(1)
             corners = positive * 2.0 - 1.0
-            commitment = F.mse_loss(latents, corners, reduction="none").mean((1, 2, 3)).sum()
+            commitment = mean_per_item(F.mse_loss(latents, corners, reduction="none")).sum()
             losses = {"commitment": commitment, "entropy": self._entropy_penalty(latents) * len(latents)}
             return Quantized(latents + (corners - latents).detach(), codes, losses)
 
-    def code_vectors(self, codes: Int[Tensor, "B H W"]) -> Float[Tensor, "B D H W"]:
+    def code_vectors(self, codes: Int[Tensor, "B *S"]) -> Float[Tensor, "B D *S"]:
         """Read a code as a binary number."""
-        return (codes[:, None] // self.place_values.view(-1, 1, 1) % 2) * 2.0 - 1.0
+        return (codes[:, None] // along_channels(self.place_values, codes[:, None]) % 2) * 2.0 - 1.0
 
-    def _entropy_penalty(self, latents: Float[Tensor, "B D H W"]) -> Float[Tensor, ""]:
+    def _entropy_penalty(self, latents: Float[Tensor, "B D *S"]) -> Float[Tensor, ""]:
         # exp(-(z - 1)^2 / T) against exp(-(z + 1)^2 / T): the squares cancel.
         logits = 4 * latents / self.temperature
         per_vector = _bit_entropy(logits).sum(1).mean()
-        mean = torch.sigmoid(logits).mean((0, 2, 3))
+        mean = torch.sigmoid(logits).transpose(0, 1).flatten(1).mean(1)
         return per_vector - _bit_entropy(torch.logit(mean, eps=1e-6)).sum()
 
 

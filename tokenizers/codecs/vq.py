@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from omniform.kernels.keyed_noise import keyed_permutation, stream
-from omniform.tokenizers.codecs.quantizer import Quantized, Quantizer
+from omniform.tokenizers.codecs.quantizer import Quantized, Quantizer, mean_per_item
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -62,11 +62,11 @@ class VQEMA(Quantizer):
         self.register_buffer("average_sum", torch.zeros(config.codebook_size, config.dim))
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
 
-    def choose(self, latents: Float[Tensor, "B D H W"]) -> Quantized:
+    def choose(self, latents: Float[Tensor, "B D *S"]) -> Quantized:
         """Take the nearest code vectors; in training mode move the codebook towards what chose them."""
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
-            vectors = latents.detach().permute(0, 2, 3, 1).reshape(-1, self.dim)  # (N, D)
+            vectors = latents.detach().movedim(1, -1).reshape(-1, self.dim)  # (N, D)
             if self.training:
                 self._restart_dead_codes(vectors)
             choice = self.nearest(vectors)
@@ -74,12 +74,12 @@ class VQEMA(Quantizer):
             chosen = self.code_vectors(codes)
             if self.training:
                 self._follow(vectors, choice)
-            commitment = F.mse_loss(latents, chosen, reduction="none").mean((1, 2, 3)).sum()
+            commitment = mean_per_item(F.mse_loss(latents, chosen, reduction="none")).sum()
             return Quantized(latents + (chosen - latents).detach(), codes, {"commitment": commitment})
 
-    def code_vectors(self, codes: Int[Tensor, "B H W"]) -> Float[Tensor, "B D H W"]:
+    def code_vectors(self, codes: Int[Tensor, "B *S"]) -> Float[Tensor, "B D *S"]:
         """Look the codes up."""
-        return self.codebook[codes].permute(0, 3, 1, 2)
+        return self.codebook[codes].movedim(-1, 1)
 
     def nearest(self, vectors: Float[Tensor, "M D"]) -> Int[Tensor, "M"]:
         """Return the codes whose vectors have the least Euclidean distance."""
