@@ -5,10 +5,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from omniform.errors import OmniformError
 
@@ -46,8 +47,19 @@ class Tokens:
     grid: tuple[int, ...]
 
 
-class Modality(ABC):
-    """A kind of data and its tokenizer.
+@dataclass(frozen=True)
+class Latents:
+    """The continuous tokens of one item, row-major over `grid`, which is as in `Tokens`."""
+
+    values: Float[Tensor, "N C"]
+    grid: tuple[int, ...]
+
+
+TokensT = TypeVar("TokensT", bound=Tokens | Latents, default=Tokens)
+
+
+class Modality(ABC, Generic[TokensT]):
+    """A kind of data and its tokenizer, whose tokens are `Tokens` if its representation is discrete, else `Latents`.
 
     A subclass is one file; one line in `registry.py` makes it known. `kind` names the class in stored folders,
     `name` the modality that it serves ("text", "image", ...).
@@ -63,11 +75,11 @@ class Modality(ABC):
         """The grid of every generated span, or None where the span ends itself with the end token."""
 
     @abstractmethod
-    def encode_batch(self, items: Sequence[Any]) -> list[Tokens]:
+    def encode_batch(self, items: Sequence[Any]) -> list[TokensT]:
         """Turn raw items into tokens; the result of an item may depend on the batch's size only by rounding."""
 
     @abstractmethod
-    def decode_batch(self, tokens: Sequence[Tokens]) -> list[Any]:
+    def decode_batch(self, tokens: Sequence[TokensT]) -> list[Any]:
         """Turn tokens back into raw items."""
 
     @abstractmethod
@@ -91,11 +103,11 @@ class Modality(ABC):
             TokenizerError: a file is missing or damaged.
         """
 
-    def encode(self, item: Any) -> Tokens:
+    def encode(self, item: Any) -> TokensT:
         """Turn one raw item into tokens."""
         return self.encode_batch([item])[0]
 
-    def decode(self, tokens: Tokens) -> Any:
+    def decode(self, tokens: TokensT) -> Any:
         """Turn the tokens of one item back into its raw form."""
         return self.decode_batch([tokens])[0]
 

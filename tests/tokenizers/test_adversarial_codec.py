@@ -20,7 +20,9 @@ from omniform.tokenizers.codecs.adversarial import AdversarialCodec, PatchDiscri
 from omniform.tokenizers.codecs.lfq import LFQConfig
 from omniform.tokenizers.image import ImageTokenizerConfig
 from omniform.tokenizers.registry import load_modality
-from omniform.training.tokenizer_task import ImageTokenizerTask, ImageTokenizerTrainConfig, train_tokenizer
+from omniform.training.codec_task import CodecTask
+from omniform.training.tokenizer_config import ImageTokenizerTrainConfig
+from omniform.training.tokenizer_task import train_tokenizer
 
 TERMS = ["reconstruction", "commitment", "entropy", "adversarial", "features", "discriminator"]
 
@@ -123,7 +125,7 @@ def write(path: Path, config: dict[str, object]) -> Path:
 
 
 def test_the_codec_heeds_the_discriminator_from_its_start_step(world: Path) -> None:
-    task = ImageTokenizerTask(ImageTokenizerTrainConfig(**config_of(world)))
+    task = CodecTask(ImageTokenizerTrainConfig(**config_of(world)))
     assert list(task.term_weights) == TERMS
     for step, count in ((0, 0), (1, 0), (2, 4), (3, 4)):
         for batch in task.micro_batches(step, 0, 1):

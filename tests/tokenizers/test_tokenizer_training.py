@@ -11,8 +11,10 @@ from omniform.data.index import index_shards
 from omniform.errors import OmniformError
 from omniform.tokenizers.base import folder_digest
 from omniform.tokenizers.registry import load_modality
+from omniform.training.codec_task import CodecTask
 from omniform.training.config import EngineConfig, OptimConfig
-from omniform.training.tokenizer_task import ImageTokenizerTask, ImageTokenizerTrainConfig, train_tokenizer
+from omniform.training.tokenizer_config import ImageTokenizerTrainConfig
+from omniform.training.tokenizer_task import train_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tokenizers"
 
@@ -53,8 +55,8 @@ def test_every_image_comes_once_per_epoch_over_ranks_and_steps(world: Path, worl
         engine=EngineConfig(micro_batch_rows=5),
         optim=OptimConfig(ema_decay=None),
     )
-    task = ImageTokenizerTask(config)
-    n_images = task.position(0)["n_images"]
+    task = CodecTask(config)
+    n_images = task.position(0)["n_items"]
     assert n_images == 130
     seen: list[bytes] = []
     for step in range(13):  # 390 images: three epochs
@@ -71,9 +73,9 @@ def test_every_image_comes_once_per_epoch_over_ranks_and_steps(world: Path, worl
 
 def test_other_data_cannot_continue_a_run(world: Path) -> None:
     config = ImageTokenizerTrainConfig(kind="conv_vq", name="any", data=world / "validation", steps=1)
-    task = ImageTokenizerTask(config)
+    task = CodecTask(config)
     task.restore(task.position(0))
-    with pytest.raises(OmniformError, match="holds other images"):
+    with pytest.raises(OmniformError, match="holds other image items"):
         task.restore({**task.position(0), "data": "else"})
 
 
@@ -124,7 +126,7 @@ def test_damaged_samples_are_counted_and_left_out(
     config = write(tmp_path / "tiny.yaml", {**image_config(world), "data": str(damaged), "steps": 1})
     train_tokenizer(config, [], tmp_path / "image")
     assert (
-        f"images of {damaged} that cannot be read are left out: 1 x damaged, or not a sample: "
+        f"image items of {damaged} that cannot be read are left out: 1 x damaged, or not a sample: "
         in capsys.readouterr().out
     )
 

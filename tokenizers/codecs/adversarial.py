@@ -1,5 +1,6 @@
 """Training of a codec against a discriminator: sharper images, and a distance in features instead of pixels."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,7 +15,16 @@ from omniform.tokenizers.codecs.quantizer import mean_per_item
 GENERATOR_TERMS = ("adversarial", "features")
 
 
-class PatchDiscriminator(nn.Module):
+class Discriminator(nn.Module):
+    """Tells real items from reconstructions."""
+
+    @abstractmethod
+    def forward(self, items: Float[Tensor, "B C *S"]) -> list[Float[Tensor, "B c *s"]]:
+        """Return the features of every layer, and scores as the last entry: above 0 for real ones, below 0 for
+        reconstructions."""
+
+
+class PatchDiscriminator(Discriminator):
     """Images -> one score per patch: above 0 for real ones, below 0 for reconstructions.
 
     Source: pix2pix (Isola et al. 2017), arXiv:1611.07004, section 3.2.2. Deviation: no norms, because those of a batch
@@ -32,13 +42,13 @@ class PatchDiscriminator(nn.Module):
         )
         self.score = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
-    def forward(self, pixels: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B c h w"]]:
+    def forward(self, items: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B c h w"]]:
         """Return the features of every layer, and the scores (B, 1, h, w) as the last entry."""
         features = []
         for layer in self.layers:
-            pixels = F.leaky_relu(layer(pixels), 0.2)
-            features.append(pixels)
-        return [*features, self.score(pixels)]
+            items = F.leaky_relu(layer(items), 0.2)
+            features.append(items)
+        return [*features, self.score(items)]
 
 
 class AdversarialCodec(nn.Module):
@@ -53,18 +63,18 @@ class AdversarialCodec(nn.Module):
     and beside the error of pixels, not instead of it.
     """
 
-    def __init__(self, codec: Codec, discriminator: PatchDiscriminator) -> None:
+    def __init__(self, codec: Codec, discriminator: Discriminator) -> None:
         super().__init__()
         self.codec = codec
         self.discriminator = discriminator
 
-    def forward(self, pixels: Float[Tensor, "B C H W"]) -> dict[str, Float[Tensor, ""]]:
-        """Return the codec's loss terms, then `adversarial`, `features` and `discriminator`; each summed over images.
+    def forward(self, items: Float[Tensor, "B C *S"]) -> dict[str, Float[Tensor, ""]]:
+        """Return the codec's loss terms, then `adversarial`, `features` and `discriminator`; each summed over items.
 
-        The discriminator's is max(0, 1 - score) of images + max(0, 1 + score) of reconstructions.
+        The discriminator's is max(0, 1 - score) of items + max(0, 1 + score) of reconstructions.
         """
-        reconstruction, losses = self.codec.reconstruct(pixels)
-        *features, scores = self.discriminator(torch.cat([pixels, reconstruction.detach()]))
+        reconstruction, losses = self.codec.reconstruct(items)
+        *features, scores = self.discriminator(torch.cat([items, reconstruction.detach()]))
         real, fake = scores.float().chunk(2)
         frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         *of_fake, score = torch.func.functional_call(self.discriminator, frozen, (reconstruction,))

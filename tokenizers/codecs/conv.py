@@ -39,7 +39,7 @@ class ConvCodec(Codec):
             if place + 1 < len(widths):
                 # Under its default name the block would register its convolution twice.
                 down.append(Downsample2D(width, use_conv=True, out_channels=widths[place + 1], name="op"))
-        down += [*_norm_act(widths[-1]), nn.Conv2d(widths[-1], quantizer.dim, 1)]
+        down += [*_norm_act(widths[-1]), nn.Conv2d(widths[-1], quantizer.input_dim, 1)]
         up: list[nn.Module] = [nn.Conv2d(quantizer.dim, widths[-1], 3, padding=1)]
         for place, width in reversed(list(enumerate(widths))):
             up += [_Residual(width) for _ in range(n_blocks)]

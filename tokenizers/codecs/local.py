@@ -34,7 +34,7 @@ class LocalCodec(Codec):
             nn.Conv2d(channels, widths[-1], window, cell, margin, padding_mode="replicate" if margin else "zeros"),
             *(_Residual(widths[-1], 1) for _ in range(n_blocks)),
             *_norm_act(widths[-1]),
-            nn.Conv2d(widths[-1], quantizer.dim, 1),
+            nn.Conv2d(widths[-1], quantizer.input_dim, 1),
         ]
         decoder: list[nn.Module] = [nn.Conv2d(quantizer.dim, widths[-1], 3, padding=1)]
         for place, width in reversed(list(enumerate(widths))):

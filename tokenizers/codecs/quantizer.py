@@ -7,6 +7,8 @@ from typing import NamedTuple
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from omniform.tokenizers.base import Continuous, Discrete
+
 
 class Quantized(NamedTuple):
     """What a quantizer makes of latents.
@@ -34,6 +36,16 @@ class Quantizer(nn.Module):
     dim: int
     depth: int = 1
     loss_terms: tuple[str, ...] = ()
+
+    @property
+    def representation(self) -> Discrete | Continuous:
+        """What its tokens are; the codes of all depths are of one range."""
+        return Discrete(self.codebook_size)
+
+    @property
+    def input_dim(self) -> int:
+        """Channels of the latents that it takes."""
+        return self.dim
 
     @property
     def residual_scale(self) -> float | Float[Tensor, "D"]:

@@ -1,0 +1,136 @@
+"""Settings of the training of tokenizers."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from omniform.modeling.config import STRICT
+from omniform.tokenizers.codec_tokenizer import CodecTokenizer
+from omniform.tokenizers.codecs.adversarial import Discriminator, PatchDiscriminator
+from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from omniform.training.config import NAME, FitConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdversarialConfig:
+    """A discriminator beside the codec. It shares the codec's learning rate, betas and bound on the gradient's norm.
+
+    No pretrained network is used: the one perceptual term compares features of this discriminator.
+
+    Attributes:
+        widths: channels of the discriminator's layers, each of which halves the resolution.
+        weight: of the codec's hinge loss, beside a mean squared error of pixels in [-1, 1].
+        feature_weight: of the squared distance between discriminator features (arXiv:1512.09300).
+        start_step: the first step in which the codec heeds both; the discriminator learns from step 0.
+    """
+
+    widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (32, 64)
+    weight: float = Field(default=0.01, ge=0)
+    feature_weight: float = Field(default=0.01, ge=0)
+    start_step: int = Field(default=0, ge=0)
+
+    def build(self, channels: int) -> Discriminator:
+        """Return the discriminator with random weights from torch's generator."""
+        return PatchDiscriminator(channels, self.widths)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CodecTrainConfig(FitConfig):
+    """How to train a tokenizer that is a codec; a row is an item. The configuration of each modality extends it.
+
+    Attributes:
+        data: folder of indexed shards, such as WORLD/train; every span of the tokenizer's modality is learnt from.
+        index_dir: where its indexes are, if not beside the shards.
+        tokenizer: what is trained.
+        max_items: the first so many are held in memory, as integers; a larger folder is learnt from in part.
+        commitment_weight: beta of VQ-VAE (arXiv:1711.00937, equation 3); FSQ has no such term.
+        entropy_weight: of the entropy penalty of LFQ (arXiv:2310.05737, section 3.1); the others have no such term.
+        adversarial: train against a discriminator, which is not stored with the tokenizer; null: without.
+    """
+
+    tokenizer_type: ClassVar[type[CodecTokenizer[Any]]]
+
+    kind: str
+    data: Path
+    index_dir: Path | None = None
+    tokenizer: Any
+    max_items: int = Field(default=200_000, ge=1)
+    commitment_weight: float = Field(default=0.25, gt=0)
+    entropy_weight: float = Field(default=0.1, gt=0)
+    adversarial: AdversarialConfig | None = None
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term that a codec of this configuration can have."""
+        return {"reconstruction": 1.0, "commitment": self.commitment_weight, "entropy": self.entropy_weight}
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> "CodecTrainConfig":
+        quantizer = getattr(self.tokenizer, "quantizer", None)
+        base = getattr(quantizer, "base", quantizer)
+        if self.engine.precision == "bf16" and getattr(base, "kind", None) == "vq_ema":
+            raise ValueError(
+                "engine.precision is bf16, in which the moving averages of a vq_ema codebook stand still: choose "
+                "bf16_autocast"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adversarial_stage(self) -> "CodecTrainConfig":
+        if self.adversarial is not None and self.engine.zero_stage == 3:
+            raise ValueError(
+                "engine.zero_stage is 3, which scatters the weights that an adversarial loss needs detached: choose "
+                "0, 1 or 2"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImageTokenizerTrainConfig(CodecTrainConfig):
+    """How to train an image tokenizer."""
+
+    tokenizer_type = ImageTokenizer
+
+    kind: Literal["conv_vq"]
+    tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
+
+    @model_validator(mode="after")
+    def _check_adversarial(self) -> "ImageTokenizerTrainConfig":
+        halvings = 0 if self.adversarial is None else len(self.adversarial.widths)
+        if self.tokenizer.image_size < 2**halvings:
+            raise ValueError(
+                f"adversarial.widths halve the resolution {halvings} times, expected at most "
+                f"{self.tokenizer.image_size.bit_length() - 1} for images of {self.tokenizer.image_size} pixels"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TextTokenizerTrainConfig:
+    """How to learn a text tokenizer.
+
+    Attributes:
+        data: folders of indexed shards; every text span of them is learnt from.
+        index_dirs: where the indexes of each of `data` are, in its order; null: beside the shards. None: all are there.
+        corpora: texts that packages ship: "python-topics" is the Python language reference in pydoc_data.
+        vocab_size: ids in all, among them 256 bytes and "unknown".
+    """
+
+    kind: Literal["sentencepiece"]
+    name: str = Field(pattern=NAME)
+    data: tuple[Path, ...] = ()
+    index_dirs: tuple[Path | None, ...] | None = None
+    corpora: tuple[Literal["python-topics"], ...] = ()
+    vocab_size: int = Field(default=1024, ge=258)
+    algorithm: Literal["bpe", "unigram"] = "bpe"
+
+    @model_validator(mode="after")
+    def _check_index_dirs(self) -> "TextTokenizerTrainConfig":
+        if self.index_dirs is not None and len(self.index_dirs) != len(self.data):
+            raise ValueError(
+                f"index_dirs has {len(self.index_dirs)} entries for {len(self.data)} folders in data: give one for "
+                "each, null where the indexes are beside the shards"
+            )
+        return self
