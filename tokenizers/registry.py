@@ -1,16 +1,24 @@
 """The tokenizers that Omniform knows. A new one is a file beside this one and an entry here."""
 
 from pathlib import Path
+from typing import Any
 
 from omniform.tokenizers.base import Modality, TokenizerError
 from omniform.tokenizers.folder import read_kind
 from omniform.tokenizers.image import ImageTokenizer
+from omniform.tokenizers.image_latents import ImageLatentsTokenizer, ImagePatchesTokenizer
 from omniform.tokenizers.text import SentencePieceTokenizer
 
-MODALITIES: dict[str, type[Modality]] = {cls.kind: cls for cls in (SentencePieceTokenizer, ImageTokenizer)}
+_KNOWN: tuple[type[Modality[Any]], ...] = (
+    SentencePieceTokenizer,
+    ImageTokenizer,
+    ImageLatentsTokenizer,
+    ImagePatchesTokenizer,
+)
+MODALITIES = {cls.kind: cls for cls in _KNOWN}
 
 
-def load_modality(folder: Path) -> Modality:
+def load_modality(folder: Path) -> Modality[Any]:
     """Read the tokenizer in `folder`, whichever kind it is.
 
     Raises:

@@ -10,6 +10,12 @@ from omniform.modeling.config import STRICT
 from omniform.tokenizers.codec_tokenizer import CodecTokenizer
 from omniform.tokenizers.codecs.adversarial import Discriminator, PatchDiscriminator
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from omniform.tokenizers.image_latents import (
+    ImageLatentsConfig,
+    ImageLatentsTokenizer,
+    ImagePatchesConfig,
+    ImagePatchesTokenizer,
+)
 from omniform.training.config import NAME, FitConfig
 
 
@@ -105,6 +111,40 @@ class ImageTokenizerTrainConfig(CodecTrainConfig):
                 f"{self.tokenizer.image_size.bit_length() - 1} for images of {self.tokenizer.image_size} pixels"
             )
         return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImageLatentsTrainConfig(CodecTrainConfig):
+    """How to train a variational autoencoder of images.
+
+    Attributes:
+        kl_weight: of the divergence from the standard normal, in nats per latent value, beside the mean squared error
+            of pixels in [-1, 1].
+    """
+
+    tokenizer_type = ImageLatentsTokenizer
+
+    kind: Literal["conv_kl"]
+    tokenizer: ImageLatentsConfig = ImageLatentsConfig()
+    kl_weight: float = Field(default=1e-4, ge=0)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term."""
+        return {"reconstruction": 1.0, "kl": self.kl_weight}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImagePatchesTrainConfig:
+    """Raw patches, of which nothing is learnt."""
+
+    kind: Literal["patches"]
+    name: str = Field(pattern=NAME)
+    tokenizer: ImagePatchesConfig = ImagePatchesConfig()
+
+    def build(self) -> ImagePatchesTokenizer:
+        """Return the tokenizer."""
+        return ImagePatchesTokenizer(self.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

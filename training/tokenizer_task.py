@@ -1,4 +1,4 @@
-"""`omniform tokenizer train`: codecs by the training loop, the text tokenizer in one go."""
+"""`omniform tokenizer train`: codecs by the training loop, the others in one go."""
 
 import difflib
 import os
@@ -17,16 +17,25 @@ from omniform.tokenizers.text import SentencePieceTokenizer
 from omniform.training.codec_task import CodecTask
 from omniform.training.loop import fit
 from omniform.training.run_folder import CONFIG_FILE, lock_folder, open_run_folder
-from omniform.training.tokenizer_config import CodecTrainConfig, ImageTokenizerTrainConfig, TextTokenizerTrainConfig
+from omniform.training.tokenizer_config import (
+    CodecTrainConfig,
+    ImageLatentsTrainConfig,
+    ImagePatchesTrainConfig,
+    ImageTokenizerTrainConfig,
+    TextTokenizerTrainConfig,
+)
 
 RESULT = "tokenizer"
 
 # A new codec is an entry: its configuration, and the task that shows it its items.
 _CODECS: dict[str, tuple[type[CodecTrainConfig], type[CodecTask]]] = {
     "conv_vq": (ImageTokenizerTrainConfig, CodecTask),
+    "conv_kl": (ImageLatentsTrainConfig, CodecTask),
 }
-_CONFIGS: dict[str, type[CodecTrainConfig] | type[TextTokenizerTrainConfig]] = {
+TokenizerTrainConfig = CodecTrainConfig | TextTokenizerTrainConfig | ImagePatchesTrainConfig
+_CONFIGS: dict[str, type[TokenizerTrainConfig]] = {
     "sentencepiece": TextTokenizerTrainConfig,
+    "patches": ImagePatchesTrainConfig,
     **{kind: config for kind, (config, _) in _CODECS.items()},
 }
 
@@ -46,8 +55,8 @@ def train_tokenizer(
     """
     config = load_config(config_path, overrides)
     out = out or Path("runs") / config.name
-    if isinstance(config, TextTokenizerTrainConfig):
-        return _train_text(config, out, fresh=fresh)
+    if not isinstance(config, CodecTrainConfig):
+        return _make_at_once(config, out, fresh=fresh)
     task = _CODECS[config.kind][1](config)
     config.accumulation(int(os.environ.get("WORLD_SIZE", "1")))  # both fail here rather than with the folder made
     config.check_loss_terms(task.term_weights)
@@ -62,7 +71,7 @@ def train_tokenizer(
     return fit(task, config, out, result=RESULT, preview=preview)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> CodecTrainConfig | TextTokenizerTrainConfig:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TokenizerTrainConfig:
     """Read a YAML file of any kind, with dotted key=value overrides.
 
     Raises:
@@ -75,12 +84,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> CodecTrainConfig |
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     kind = content.get("kind") if isinstance(content, Mapping) else None
     if kind not in _CONFIGS:
-        raise ConfigError(f"{path}: kind is {kind!r}, expected a mapping whose kind is one of {', '.join(_CONFIGS)}")
+        raise ConfigError(
+            f"{path}: kind is {kind!r}, expected a mapping whose kind is one of {', '.join(sorted(_CONFIGS))}"
+        )
     return parse_config(_CONFIGS[kind], text, overrides, source=str(path))
 
 
-def _train_text(config: TextTokenizerTrainConfig, out: Path, *, fresh: bool) -> Path:
-    """Learn the text tokenizer; it takes seconds and gives the same bits, so a run that was stopped starts again."""
+def _make_at_once(config: TextTokenizerTrainConfig | ImagePatchesTrainConfig, out: Path, *, fresh: bool) -> Path:
+    """Make a tokenizer in seconds, with the same bits each time; a run that was stopped starts again."""
     lock_folder(out)
     record, text = out / CONFIG_FILE, dump_config(config)
     if record.exists() and not fresh:
@@ -91,13 +102,17 @@ def _train_text(config: TextTokenizerTrainConfig, out: Path, *, fresh: bool) -> 
                 f"{out} holds a tokenizer of another configuration:\n" + "\n".join(changes) + "\n"
                 "Choose another --out, or replace that tokenizer with --fresh"
             )
-    texts, unreadable = _read_texts(config)
-    if unreadable:
-        print(f"samples that cannot be read are left out: {unreadable}", flush=True)
-    tokenizer = SentencePieceTokenizer.train(texts, vocab_size=config.vocab_size, algorithm=config.algorithm)
+    tokenizer = _learn_text(config) if isinstance(config, TextTokenizerTrainConfig) else config.build()
     record.write_text(text, encoding="utf-8")
     tokenizer.save(out / RESULT)
     return out / RESULT
+
+
+def _learn_text(config: TextTokenizerTrainConfig) -> SentencePieceTokenizer:
+    texts, unreadable = _read_texts(config)
+    if unreadable:
+        print(f"samples that cannot be read are left out: {unreadable}", flush=True)
+    return SentencePieceTokenizer.train(texts, vocab_size=config.vocab_size, algorithm=config.algorithm)
 
 
 def _read_texts(config: TextTokenizerTrainConfig) -> tuple[list[str], Tally]:

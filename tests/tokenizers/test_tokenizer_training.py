@@ -145,7 +145,7 @@ def test_indexes_may_lie_elsewhere(world: Path, tmp_path: Path) -> None:
 def test_configurations_that_cannot_be_used_are_refused(world: Path, tmp_path: Path) -> None:
     config = image_config(world)
     cases = [
-        ({**config, "kind": "abacus"}, "expected a mapping whose kind is one of conv_vq, sentencepiece"),
+        ({**config, "kind": "abacus"}, "expected a mapping whose kind is one of .*conv_vq, "),
         ({**config, "stepz": 4}, "stepz: unknown key; did you mean steps"),
         ({**config, "tokenizer": {"image_size": 18}}, "tokenizer: image_size is 18, expected a multiple of 4"),
         ({**config, "engine": {"precision": "bf16"}}, "choose bf16_autocast"),
