@@ -1,74 +1,89 @@
-"""digits-world: real handwritten digits with captions, built offline from what scikit-learn ships.
-
-The images are the 1797 of the UCI optical digits test set (CC BY 4.0), 8 x 8 with 17 grey levels, by 13 writers one
-after the other. Who wrote which is not recorded, but runs of labels show 14 blocks; validation and test take whole
-blocks at the end, as a proxy for writers that training never saw.
-"""
+"""digits-world: ten digits written, spoken and moving, with captions, built offline from what packages ship."""
 
 import bisect
-import io
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import UInt8
-from PIL import Image
+from tqdm import tqdm
 
+from omniform.data.digit_concepts import COUNTS, SplitMedia
+from omniform.data.handwritten_digits import (
+    SPLIT_ROWS,
+    WRITER_BLOCKS,
+    altered,
+    load_digit_images,
+    png_bytes,
+    rows_by_digit,
+)
 from omniform.data.schema import DataError, RawSample, RawSpan
 from omniform.data.sealed import unseal
 from omniform.data.shards import ShardWriter
 from omniform.data.templates import TEST_DOCUMENTS, TEST_TEMPLATES, TRAIN_DOCUMENTS, TRAIN_TEMPLATES, render
 from omniform.data.verify import MANIFEST, verify, write_manifest
-from omniform.kernels.keyed_noise import keyed_bits, keyed_permutation, keyed_uniform, stream
+from omniform.kernels.keyed_noise import keyed_bits, keyed_permutation, stream
 
-VERSION = 2
-IMAGE_SIZE = 16
-SPLIT_ROWS = {"train": range(1415), "validation": range(1415, 1545), "test": range(1545, 1797)}
-# First row of each block.
-WRITER_BLOCKS = (0, 130, 256, 386, 516, 646, 776, 905, 1029, 1157, 1287, 1415, 1545, 1667)
-SOURCES = [
-    {
-        "name": "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, test part)",
-        "licence": "CC BY 4.0",
-        "attribution": "E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, doi:10.24432/C50P49",
-    }
-]
+VERSION = 3
+IMAGE_SOURCE = {
+    "name": "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, test part)",
+    "licence": "CC BY 4.0",
+    "attribution": "E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, doi:10.24432/C50P49",
+}
+SPEECH_SOURCE = {
+    "name": "speech rendered on this machine by espeak-ng (the copy in espeakng-loader)",
+    "licence": "the program and its voices: GPL-3.0-or-later",
+    "attribution": "espeak-ng contributors, https://github.com/espeak-ng/espeak-ng",
+}
 # Pictures of a document, and how many documents of each kind begin with an image: with each of its first copies.
 FEWEST_PICTURES, MOST_PICTURES, DOCUMENT_COPIES = 2, 4, 2
-# How far a training copy may be turned (degrees), enlarged or shrunk, and moved (pixels).
-MAX_ROTATION, MAX_SCALING, MAX_SHIFT = 10.0, 0.1, 1.0
 
 
-def build_digits(out: Path, seed: int = 0, copies: int = 16) -> Path:
+def build_digits(out: Path, seed: int = 0, copies: int = 16, *, media: bool = True, limit: int | None = None) -> Path:
     """Write digits-world to `out`; the same arguments give the same bytes. Nothing is left behind on an error.
 
-    Image-text samples in train/, validation/ and test/, pairs of captions of one digit in train-text/ and test-text/,
-    and documents in train-documents/, validation-documents/ and test-documents/: texts and pictures in turns, two to
-    four of each, that count up or name what is shown. A document's pictures are those of its split.
+    For each SPLIT of train, validation and test, with drawings, voices and wordings that no other split has:
+
+        SPLIT                   text, image: a caption and a drawing
+        SPLIT-documents         texts and drawings in turns, two to four of each, that count up or name what is shown
+        SPLIT-text              text, text: two captions of one digit (train and test alone)
+        SPLIT-speech            text, speech: a caption and a spoken digit
+        SPLIT-video             text, video: a caption that says digit and motion, and a clip
+        SPLIT-concepts          text, image, speech, video of one digit, and none says how the clip moves
+        SPLIT-moving-concepts   text, image, speech, video of one digit and motion, which text and speech say
+        SPLIT-stories           like documents, of drawings, sounds and clips
+
     A training image appears `copies` times: once as it is, the others turned, scaled and moved a little, and each with
-    the next of the templates.
+    the next of the templates. Some digits and motions come together in one split alone: `moving_digits.HELD_OUT_PAIRS`.
     A world that is there already, complete and of the same recipe, is left as it is.
 
     Args:
-        seed: chooses how copies differ, and templates.
+        seed: chooses how copies and clips differ, templates, and what comes together.
         copies: of each training image, at least 1.
+        media: False leaves out all folders with speech and video.
+        limit: at most so many of each in those folders: of the ways in which a voice says a word, of the clips of a
+            digit and motion, and so on; at least 1.
 
     Raises:
-        DataError: `copies` is out of range, or `out` holds something else.
+        DataError: `copies` or `limit` is out of range, a package is missing, or `out` holds something else.
     """
     if not out.name or out.name == "..":
         raise DataError(f"{out} cannot be built anew: give the name of a folder that may be created")
     if copies < 1:
         raise DataError(f"copies is {copies}, expected at least 1: the first is the image as it is")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}, expected at least 1, or None for the whole world")
     recipe = {
         "format": "omniform-world",
         "world": "digits",
         "version": VERSION,
         "seed": seed,
         "copies": copies,
+        "media": media,
+        "limit": limit,
     }
     if out.exists() and any(out.iterdir()):
         if (out / MANIFEST).exists():
@@ -83,17 +98,10 @@ def build_digits(out: Path, seed: int = 0, copies: int = 16) -> Path:
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         counts = {}
-        for split in SPLIT_ROWS:
-            counts[split] = _write(partial / split, _image_samples(images, labels, split, seed, copies))
-            documents = _document_samples(images, labels, split, seed, copies)
-            counts[f"{split}-documents"] = _write(partial / f"{split}-documents", documents)
-        # Each test prompt stands once: an answer is right if it names the digit, in whatever words.
-        for split, prompts, answers in (
-            ("train", TRAIN_TEMPLATES, TRAIN_TEMPLATES),
-            ("test", TEST_TEMPLATES, TRAIN_TEMPLATES[:1]),
-        ):
-            counts[f"{split}-text"] = _write(partial / f"{split}-text", _text_samples(prompts, answers))
-        write_manifest(partial, {**recipe, "samples": counts, "sources": SOURCES})
+        for name, samples in _folders(images, labels, seed, copies, media, limit):
+            counts[name] = _write(partial / name, samples)
+        sources = [IMAGE_SOURCE, *([SPEECH_SOURCE] if media else [])]
+        write_manifest(partial, {**recipe, "samples": counts, "sources": sources})
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -102,21 +110,29 @@ def build_digits(out: Path, seed: int = 0, copies: int = 16) -> Path:
     return out
 
 
-def load_digit_images() -> tuple[UInt8[np.ndarray, "1797 16 16"], npt.NDArray[np.int64]]:
-    """Return all images, enlarged by bicubic interpolation, ink 255 on 0, and their digits.
-
-    Raises:
-        DataError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError("digits-world needs scikit-learn: install omniform[demo]") from error
-    digits = load_digits()
-    small = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    images = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in small]
-    return np.stack(images), digits.target.astype(np.int64)
+def _folders(
+    images: UInt8[np.ndarray, "R H W"],
+    labels: npt.NDArray[np.int64],
+    seed: int,
+    copies: int,
+    media: bool,
+    limit: int | None,
+) -> Iterator[tuple[str, Iterator[RawSample]]]:
+    """Yield the folders of the world and their samples."""
+    for split in SPLIT_ROWS:
+        if media:
+            counts = COUNTS[split].at_most(limit)
+            made = SplitMedia(split, seed, images, labels, copies if split == "train" else 1, counts)
+            yield f"{split}-speech", made.speech_samples()
+            yield f"{split}-video", made.video_samples()
+            yield f"{split}-concepts", made.concept_samples()
+            yield f"{split}-moving-concepts", made.moving_concept_samples()
+            yield f"{split}-stories", made.story_samples()
+        yield split, _image_samples(images, labels, split, seed, copies)
+        yield f"{split}-documents", _document_samples(images, labels, split, seed, copies)
+    # Each test prompt stands once: an answer is right if it names the digit, in whatever words.
+    yield "train-text", _text_samples(TRAIN_TEMPLATES, TRAIN_TEMPLATES)
+    yield "test-text", _text_samples(TEST_TEMPLATES, TRAIN_TEMPLATES[:1])
 
 
 def _image_samples(
@@ -126,7 +142,7 @@ def _image_samples(
     for row in SPLIT_ROWS[split]:
         order = keyed_permutation(len(templates), seed, stream("digits/template"), row)
         for copy in range(copies if split == "train" else 1):
-            drawing, warp = _drawing(images, row, copy, seed)
+            drawing, warp = altered(images, row, copy, seed)
             template = int(order[copy % len(templates)])
             metadata = {
                 "digit": int(labels[row]),
@@ -137,7 +153,7 @@ def _image_samples(
                 "writer_block": bisect.bisect_right(WRITER_BLOCKS, row) - 1,
             }
             caption = RawSpan("text", text=render(templates[template], int(labels[row])))
-            yield RawSample(f"{row:04d}-{copy}", (caption, drawing), metadata)
+            yield RawSample(f"{row:04d}-{copy}", (caption, _picture(drawing)), metadata)
 
 
 def _document_samples(
@@ -145,7 +161,7 @@ def _document_samples(
 ) -> Iterator[RawSample]:
     if split != "train":
         copies = 1
-    rows_of = [[row for row in SPLIT_ROWS[split] if labels[row] == digit] for digit in range(10)]
+    rows_of = rows_by_digit(labels, split)
     for number, kind in enumerate(("counting", "naming")):
         templates = [t for t in (TEST_DOCUMENTS if split == "test" else TRAIN_DOCUMENTS) if t.kind == kind]
         step = 1 if kind == "counting" else 0
@@ -161,7 +177,8 @@ def _document_samples(
                     chosen_copies.append(int(copy_bits % copies))
                 for place, (digit, its_row, its_copy) in enumerate(zip(digits, rows, chosen_copies, strict=True)):
                     text = render(template.following if place else template.first, digit)
-                    spans += [RawSpan("text", text=text), _drawing(images, its_row, its_copy, seed)[0]]
+                    drawing, _ = altered(images, its_row, its_copy, seed)
+                    spans += [RawSpan("text", text=text), _picture(drawing)]
                 metadata = {
                     "kind": kind,
                     "digits": digits,
@@ -172,18 +189,8 @@ def _document_samples(
                 yield RawSample(f"{kind}-{row:04d}-{copy}", tuple(spans), metadata)
 
 
-def _drawing(
-    images: UInt8[np.ndarray, "R H W"], row: int, copy: int, seed: int
-) -> tuple[RawSpan, dict[str, float | list[float]]]:
-    """Return a copy of an image, 0 as it is, and how it differs."""
-    image, rotation, scale, shift = images[row], 0.0, 1.0, [0.0, 0.0]
-    if copy:
-        turn, size, *move = 2 * keyed_uniform(seed, stream("digits/warp"), row, copy, np.arange(4)) - 1
-        rotation, scale = round(MAX_ROTATION * float(turn), 3), round(1 + MAX_SCALING * float(size), 3)
-        shift = [round(MAX_SHIFT * float(pixels), 3) for pixels in move]
-        image = warped(image, rotation, scale, shift)
-    warp: dict[str, float | list[float]] = {"rotation": rotation, "scale": scale, "shift": shift}
-    return RawSpan("image", payload=_png(image), extension="png"), warp
+def _picture(drawing: UInt8[np.ndarray, "H W"]) -> RawSpan:
+    return RawSpan("image", payload=png_bytes(drawing), extension="png")
 
 
 def _text_samples(prompts: tuple[str, ...], answers: tuple[str, ...]) -> Iterator[RawSample]:
@@ -196,38 +203,10 @@ def _text_samples(prompts: tuple[str, ...], answers: tuple[str, ...]) -> Iterato
 
 
 def _write(folder: Path, samples: Iterator[RawSample]) -> int:
-    listed = list(samples)
+    listed = list(tqdm(samples, desc=folder.name, unit="sample", disable=None, leave=False))
     # A fixed shuffle: the data set's own order runs through one writer after the other.
     order = np.argsort(keyed_bits(stream("digits/order"), np.arange(len(listed))), kind="stable")
     with ShardWriter(folder) as writer:
         for place in order:
             writer.write(listed[place])
     return len(listed)
-
-
-def warped(
-    image: UInt8[np.ndarray, "H W"], rotation: float, scale: float, shift: Sequence[float]
-) -> UInt8[np.ndarray, "H W"]:
-    """Return the image turned about its centre, scaled and then moved, by bicubic interpolation.
-
-    Args:
-        rotation: degrees, clockwise as seen.
-        shift: pixels to the right and down.
-    """
-    height, width = image.shape
-    x, y = (width - 1) / 2, (height - 1) / 2
-    cosine, sine = np.cos(np.radians(rotation)) / scale, np.sin(np.radians(rotation)) / scale
-    # Pillow asks where each output pixel comes from, and puts pixel centres at halves.
-    from_x, from_y = x + 0.5 + shift[0], y + 0.5 + shift[1]
-    matrix = (
-        *(cosine, sine, x + 0.5 - cosine * from_x - sine * from_y),
-        *(-sine, cosine, y + 0.5 + sine * from_x - cosine * from_y),
-    )
-    size = (width, height)
-    return np.asarray(Image.fromarray(image).transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC))
-
-
-def _png(image: UInt8[np.ndarray, "H W"]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+MOTIONS = ("still", "left", "right", "up", "down")
 
-# {word}: "eight"; {numeral}: "8"; {a_word}, {a_numeral}: the same after "a" or "an". A test template puts phrases of
-# the train templates together in a new way, so that it asks for the concept rather than for unseen words.
+# {word}: "eight"; {numeral}: "8"; {a_word}, {a_numeral}: the same after "a" or "an"; {moving}: "moving left", or
+# "standing still". A test template puts phrases of the train templates together in a new way, so that it asks for the
+# concept rather than for unseen words.
 TRAIN_TEMPLATES = (
     "{word}",
     "{numeral}",
@@ -23,6 +25,67 @@ TEST_TEMPLATES = (
     "this is {a_numeral}",
     "the handwritten number {word}",
 )
+
+# Of what: templates to learn from, and those of the test split. "concept" says nothing of the medium.
+CAPTIONS = {
+    "image": (TRAIN_TEMPLATES, TEST_TEMPLATES),
+    "speech": (
+        (
+            "{word}",
+            "{numeral}",
+            "the digit {word}",
+            "the digit {numeral}",
+            "the number {word}",
+            "this is the number {numeral}",
+            "a spoken {word}",
+            "a spoken {numeral}",
+            "a voice saying {word}",
+        ),
+        ("a voice saying the digit {word}", "this is {a_numeral}", "the spoken number {word}"),
+    ),
+    "video": (
+        (
+            "{word} {moving}",
+            "{numeral} {moving}",
+            "{a_word} {moving}",
+            "the digit {word} {moving}",
+            "the digit {numeral} {moving}",
+            "the number {word} {moving}",
+            "a handwritten {word} {moving}",
+            "a video of {a_word} {moving}",
+            "this is the number {numeral} {moving}",
+        ),
+        (
+            "a video of the digit {word} {moving}",
+            "this is {a_numeral} {moving}",
+            "the handwritten number {word} {moving}",
+        ),
+    ),
+    "concept": (
+        (
+            "{word}",
+            "{numeral}",
+            "the digit {word}",
+            "the digit {numeral}",
+            "the number {word}",
+            "this is the number {numeral}",
+        ),
+        ("this is the digit {word}", "the number {numeral}", "this is {a_numeral}"),
+    ),
+    "moving concept": (
+        (
+            "{word} {moving}",
+            "{numeral} {moving}",
+            "the digit {word} {moving}",
+            "the digit {numeral} {moving}",
+            "the number {word} {moving}",
+            "this is the number {numeral} {moving}",
+        ),
+        ("this is the digit {word} {moving}", "the number {numeral} {moving}", "this is {a_numeral} {moving}"),
+    ),
+}
+# What is said of a digit and a motion.
+SPOKEN = "{word} {moving}"
 
 
 @dataclass(frozen=True)
@@ -56,8 +119,15 @@ TEST_DOCUMENTS = (
 )
 
 
-def render(template: str, digit: int) -> str:
-    """Return the caption of a digit, 0 to 9."""
+def render(template: str, digit: int, motion: str | None = None) -> str:
+    """Return the caption of a digit, 0 to 9, and of its motion if the template says one.
+
+    Raises:
+        KeyError: the template says a motion, and none is given.
+    """
     word, numeral = WORDS[digit], str(digit)
     article = "an" if digit == 8 else "a"
-    return template.format(word=word, numeral=numeral, a_word=f"{article} {word}", a_numeral=f"{article} {numeral}")
+    names = {"word": word, "numeral": numeral, "a_word": f"{article} {word}", "a_numeral": f"{article} {numeral}"}
+    if motion is not None:
+        names["moving"] = "standing still" if motion == "still" else f"moving {motion}"
+    return template.format_map(names)
