@@ -184,7 +184,7 @@ def run(
         names: arms, or files of image tokenizer configs.
         data: a digits-world; built in `out` unless given.
     """
-    data = data or build_digits(out / "data")
+    data = data or build_digits(out / "data", media=False)
     measured = {name: measure(name, data, out, steps) for name in names}
     draw({name: tokenizer for name, (_, tokenizer) in measured.items()}, data).save(out / "tokenizers.png")
     rows = [figures for figures, _ in measured.values()]

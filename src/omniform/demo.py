@@ -150,7 +150,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
         if fresh and (data / WORLD_MANIFEST).exists():
             unseal(data / WORLD_MANIFEST, f"if {data} may go, remove it; else choose another --out")  # is it ours?
             shutil.rmtree(data)
-        digits.build_digits(data, copies=copies)
+        digits.build_digits(data, copies=copies, limit=1 if tiny else None)
 
     def fit(fresh: bool) -> None:
         preview = functools.partial(draw_samples, prompts=_PROMPTS)

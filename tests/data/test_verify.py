@@ -124,7 +124,7 @@ def test_a_manifest_of_anything_else_is_a_problem(tmp_path: Path, files: object)
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small digits-world."""
-    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1)
+    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1, media=False)
 
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])

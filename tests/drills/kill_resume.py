@@ -72,7 +72,7 @@ def prepare_toy(folder: Path) -> Callable[[Path], object]:
 
 def prepare_model(folder: Path) -> Callable[[Path], object]:
     """Make data and tokenizers; return what starts, or goes on with, `omniform train` in a folder."""
-    data = build_digits(folder / "data", copies=1)
+    data = build_digits(folder / "data", copies=1, media=False)
     text = {"kind": "sentencepiece", "name": "text", "data": [f"{data}/train-text"], "vocab_size": 300}
     (folder / "text.yaml").write_text(yaml.safe_dump(text))
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ Rule = Callable[[list[ContentPart], Any], Sequence[int | str]]
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Held-out documents of the real world."""
-    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1) / "test-documents"
+    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1, media=False) / "test-documents"
 
 
 def digits_of(images: Sequence[Image.Image]) -> np.ndarray:

@@ -35,7 +35,7 @@ Answer = Callable[[ContentPart, str], ContentPart]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real digits, each train image once."""
-    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1)
+    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1, media=False)
 
 
 @pytest.fixture(scope="module")

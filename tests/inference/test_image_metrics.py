@@ -11,7 +11,7 @@ from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 from sklearn.neighbors import KNeighborsClassifier
 
-from omniform.data.digits import SPLIT_ROWS, load_digit_images, warped
+from omniform.data.handwritten_digits import SPLIT_ROWS, load_digit_images, warped
 from omniform.errors import OmniformError
 from omniform.inference.image_metrics import (
     FeatureSpace,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.datasets import load_digits
 
-from omniform.data.digits import SPLIT_ROWS, load_digit_images, warped
+from omniform.data.handwritten_digits import SPLIT_ROWS, load_digit_images, warped
 from omniform.errors import OmniformError
 from omniform.inference.judges import (
     DigitImageJudge,

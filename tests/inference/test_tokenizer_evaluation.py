@@ -22,7 +22,7 @@ from omniform.tokenizers.text import SentencePieceTokenizer
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1)
+    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1, media=False)
 
 
 @given(seed=st.integers(0, 2**16), height=st.integers(11, 24), noise=st.floats(0.01, 2))

@@ -29,7 +29,7 @@ TERMS = ["reconstruction", "commitment", "entropy", "adversarial", "features", "
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1)
+    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1, media=False)
 
 
 def build() -> AdversarialCodec:

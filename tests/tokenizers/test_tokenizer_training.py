@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "tokenizers"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1)
+    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1, media=False)
 
 
 def image_config(world: Path) -> dict[str, object]:

@@ -30,7 +30,7 @@ from omniform.training.tokenizer_task import train_tokenizer
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    build_digits(folder / "data", copies=1)
+    build_digits(folder / "data", copies=1, media=False)
     text = {"kind": "sentencepiece", "name": "text", "data": [f"{folder}/data/train-text"], "vocab_size": 300}
     (folder / "text.yaml").write_text(yaml.safe_dump(text))
     text_folder = train_tokenizer(folder / "text.yaml", out=folder / "text")
