@@ -32,6 +32,7 @@ RATES = (1000, 768_000)  # resampling takes memory in proportion to the ratio of
 MAX_LEVEL = (
     16.0  # floats above full scale are clipped; far above they were stored in another unit, such as 16-bit numbers
 )
+MAX_CHANNELS = 64
 _CUT_SHORT = 0.1  # seconds that a whole file may lack of its stated duration: less than two frames of any codec here
 _BLOCK = 2**16  # samples that are encoded at a time
 _ENCODERS = {"wav": "pcm_s16le", "flac": "flac", "mp3": "libmp3lame", "ogg": "libopus"}
@@ -92,7 +93,7 @@ def read_audio(source: bytes | Path, rate: int, max_seconds: float = MAX_SECONDS
 
     The file is streamed: memory is bounded by the result, and decoding stops once the sound has proved longer than
     `max_seconds`, whatever the file states. Levels beyond full scale are clipped to [-1, 1]. A file that ends before
-    the length it states is refused; MP3, Ogg and streamed files, which state none or only guess, are read to the end.
+    the length it states is refused; MP3, Ogg and streamed files, which state none or a guess, are read to their end.
 
     Args:
         source: the bytes of a file, or its path.
@@ -120,7 +121,9 @@ def read_audio(source: bytes | Path, rate: int, max_seconds: float = MAX_SECONDS
             raise AudioFileError(
                 "cut short", f"a sound file states {stated:.2f} seconds and holds only {n_samples / rate:.2f}"
             )
-        return torch.from_numpy(np.concatenate(blocks))
+        if container.format.name.startswith("mov") and stream.duration and stream.time_base:
+            n_samples = round(stream.duration * stream.time_base * rate)  # its last packet is filled up
+        return torch.from_numpy(np.concatenate(blocks)[:n_samples])
 
 
 def audio_bytes(samples: Float[Tensor, "N"], rate: int, extension: str) -> bytes:
@@ -180,20 +183,27 @@ def _opened(source: bytes | Path, max_seconds: float) -> Iterator[tuple[InputCon
         header = AudioHeader(context.name, context.sample_rate, context.channels, seconds)
         if header.rate:
             _check_rate(header.rate)
+        if header.channels > MAX_CHANNELS:
+            raise AudioFileError(
+                "too many channels",
+                f"a sound of {header.channels} channels, expected at most {MAX_CHANNELS}",
+            )
         yield container, stream, header
 
 
 def _resampled(container: InputContainer, stream: AudioStream, rate: int) -> Iterator[npt.NDArray[np.float32]]:
     """Yield mono blocks at `rate`; channels are averaged last, for FFmpeg's own mixing weighs them by their place."""
-    resampler = av.AudioResampler(format="fltp", rate=rate)
+    # Packed samples: PyAV crashes on planes beyond the eighth.
+    resampler = av.AudioResampler(format="flt", rate=rate)
     for frame in container.decode(stream):
         _check_rate(frame.sample_rate)
         frame.pts = None  # gaps between time stamps are no sound
-        for piece in resampler.resample(frame):
-            yield piece.to_ndarray().mean(axis=0, dtype=np.float32)
-    for piece in resampler.resample(None):
-        if piece is not None:
-            yield piece.to_ndarray().mean(axis=0, dtype=np.float32)
+        yield from map(_mean_of_channels, resampler.resample(frame))
+    yield from map(_mean_of_channels, resampler.resample(None))
+
+
+def _mean_of_channels(frame: AudioFrame) -> npt.NDArray[np.float32]:
+    return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(axis=1, dtype=np.float32)
 
 
 def _clipped(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

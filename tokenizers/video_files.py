@@ -32,7 +32,6 @@ CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "gi
 MAX_PIXELS = 2**23  # per frame: 3840 x 2160, and a little more
 MAX_RESULT_BYTES = 2**31
 MAX_FPS = 1000
-_CUT_SHORT = 0.5  # seconds that a whole file may lack of its stated duration: sound may go on after the last frame
 # Their time stamps are rounded to hundredths or thousandths of a second: without half a unit of slack, a video that is
 # sampled at its own rate would repeat some frames and lose others.
 _COARSE_CLOCKS = ("gif", "matroska,webm")
@@ -256,19 +255,16 @@ def _shown(container: InputContainer, stream: VideoStream, header: VideoHeader) 
             yield _Shown(waiting, start, following)
             usual, start = following - start or usual, following
         waiting, n_frames = frame, n_frames + 1
-        lasts = None if not frame.duration or frame.time_base is None else frame.duration * Fraction(frame.time_base)
-        end = start + (lasts or usual)
-    if waiting is None:
-        return
-    if (header.n_frames is not None and n_frames < header.n_frames) or (
-        header.seconds is not None and end < header.seconds - _CUT_SHORT
-    ):
-        raise VideoFileError(
-            "cut short",
-            f"a video states {header.n_frames or 'some'} frames in {header.seconds} seconds and holds only {n_frames} "
-            f"in {float(end):.2f}",
-        )
-    yield _Shown(waiting, start, end)
+        if frame.duration and frame.time_base is not None:
+            end = start + frame.duration * Fraction(frame.time_base)
+        elif header.seconds is not None and not container.streams.audio:
+            end = max(start + usual, Fraction(header.seconds))
+        else:
+            end = start + usual
+    if header.n_frames is not None and n_frames < header.n_frames:
+        raise VideoFileError("cut short", f"a video states {header.n_frames} frames and holds only {n_frames}")
+    if waiting is not None:
+        yield _Shown(waiting, start, end)
 
 
 def _sampled(shown: Iterator[_Shown], fps: Fraction, slack: Fraction) -> Iterator[_Shown]:
