@@ -8,12 +8,14 @@ from omniform.tokenizers.folder import read_kind
 from omniform.tokenizers.image import ImageTokenizer
 from omniform.tokenizers.image_latents import ImageLatentsTokenizer, ImagePatchesTokenizer
 from omniform.tokenizers.text import SentencePieceTokenizer
+from omniform.tokenizers.video import VideoTokenizer
 
 _KNOWN: tuple[type[Modality[Any]], ...] = (
     SentencePieceTokenizer,
     ImageTokenizer,
     ImageLatentsTokenizer,
     ImagePatchesTokenizer,
+    VideoTokenizer,
 )
 MODALITIES = {cls.kind: cls for cls in _KNOWN}
 

@@ -16,6 +16,7 @@ from omniform.tokenizers.image_latents import (
     ImagePatchesConfig,
     ImagePatchesTokenizer,
 )
+from omniform.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
 from omniform.training.config import NAME, FitConfig
 
 
@@ -132,6 +133,28 @@ class ImageLatentsTrainConfig(CodecTrainConfig):
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss term."""
         return {"reconstruction": 1.0, "kl": self.kl_weight}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class VideoTokenizerTrainConfig(CodecTrainConfig):
+    """How to train a video tokenizer. Its discriminator would be one of images: there is none for videos.
+
+    Attributes:
+        bright_weight: of the squared error weighed by brightness, beside the squared error itself; for light things
+            that move before a dark field.
+    """
+
+    tokenizer_type = VideoTokenizer
+
+    kind: Literal["causal_video_vq"]
+    tokenizer: VideoTokenizerConfig = VideoTokenizerConfig()
+    bright_weight: float = Field(default=0.0, ge=0)
+    adversarial: None = None
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term that a codec of this configuration can have."""
+        return {**super().loss_weights, "bright": self.bright_weight}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -23,6 +23,7 @@ from omniform.training.tokenizer_config import (
     ImagePatchesTrainConfig,
     ImageTokenizerTrainConfig,
     TextTokenizerTrainConfig,
+    VideoTokenizerTrainConfig,
 )
 
 RESULT = "tokenizer"
@@ -31,6 +32,7 @@ RESULT = "tokenizer"
 _CODECS: dict[str, tuple[type[CodecTrainConfig], type[CodecTask]]] = {
     "conv_vq": (ImageTokenizerTrainConfig, CodecTask),
     "conv_kl": (ImageLatentsTrainConfig, CodecTask),
+    "causal_video_vq": (VideoTokenizerTrainConfig, CodecTask),
 }
 TokenizerTrainConfig = CodecTrainConfig | TextTokenizerTrainConfig | ImagePatchesTrainConfig
 _CONFIGS: dict[str, type[TokenizerTrainConfig]] = {
