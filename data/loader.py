@@ -226,7 +226,7 @@ class TrainingData:
     def _length(self, task: str, spans: tuple[tuple[str, int], ...], unconditional: bool) -> int:
         used = arrange(task, [modality for modality, _ in spans])
         parts = [(*spans[place], role) for place, role in used if role is Role.TARGET or not unconditional]
-        return document_length(parts, self._objectives, learn_order=task == INTERLEAVED)
+        return document_length(parts, self._vocabulary, self._objectives, learn_order=task == INTERLEAVED)
 
     def _build(self, config: DataConfig, draws: Draws, draw: int) -> MultimodalSequence:
         place, sample = draws.source[draw], int(draws.sample[draw])

@@ -331,7 +331,7 @@ class Model:
         dropped = None if request.dropped is None else [self._encode(part) for part in request.dropped]
         plan = Plan(
             request.to.names,
-            self._fit(max(_n_rows(context), _n_rows(dropped or [])), request, bounded),
+            self._fit(max(self._n_rows(context), self._n_rows(dropped or [])), request, bounded),
             request.seed,
             self.max_sequence_length,
             request.sample,
@@ -367,6 +367,10 @@ class Model:
             for name, chosen in request.settings.items()
         }
 
+    def _n_rows(self, parts: Sequence[Part]) -> int:
+        described = [(part.modality, len(part.tokens.codes), part.role) for part in parts]
+        return document_length(described, self.network.vocabulary, {})
+
     def _encode(self, part: ContentPart) -> Part:
         tokenizer = self.tokenizers[part.modality]
         item = part.data
@@ -384,7 +388,3 @@ def _one_per_prompt(name: str, given: Any, n_prompts: int) -> Sequence[Any]:
         if not (isinstance(entry, Image.Image) or (name == "mask" and entry is None)):
             raise OmniformError(f"{name} is a {type(entry).__name__}, expected a PIL image")
     return found
-
-
-def _n_rows(parts: Sequence[Part]) -> int:
-    return document_length([(part.modality, len(part.tokens.codes), part.role) for part in parts], {})

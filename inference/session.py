@@ -55,9 +55,9 @@ class Branch:
         else:
             self.n_committed, self.stale = 0, True
 
-    def n_rows(self, objectives: Mapping[str, Objective]) -> int:
+    def n_rows(self, vocabulary: Vocabulary, objectives: Mapping[str, Objective]) -> int:
         """Return the number of rows of all parts so far."""
-        return document_length([(p.modality, len(p.tokens.codes), p.role) for p in self.parts], objectives)
+        return document_length([(p.modality, len(p.tokens.codes), p.role) for p in self.parts], vocabulary, objectives)
 
     def pending(self) -> MultimodalSequence:
         """Return the final rows before the open span's own that the cache does not hold yet, whole spans together."""
@@ -152,7 +152,7 @@ class Session:
         Args:
             logits: over `vocabulary.next_span_range`.
         """
-        room = self._room(objectives)
+        room = self._room(vocabulary, objectives)
         needed = {name: 3 if grid is None else 1 + math.prod(grid) for name, grid in fixed_grids.items()}
         ids = {vocabulary.begin(name): name for name, rows in needed.items() if rows <= room}
         first_id = vocabulary.next_span_range.start
@@ -175,7 +175,7 @@ class Session:
         settings, objective = plan.settings[modality], objectives[modality]
         if grid is None:  # a begin marker and an end take their rows
             settings = dataclasses.replace(
-                settings, max_new_tokens=max(1, min(settings.max_new_tokens, self._room(objectives) - 2))
+                settings, max_new_tokens=max(1, min(settings.max_new_tokens, self._room(vocabulary, objectives) - 2))
             )
         shape = (settings.max_new_tokens,) if grid is None else grid
         codes = torch.zeros(shape, dtype=torch.int64).flatten()
@@ -190,8 +190,8 @@ class Session:
         state = objective.begin(len(codes), settings.steps, vocabulary.mask, kept)
         self.span = OpenSpan(modality, number, grid, objective, settings, draw, state)
 
-    def _room(self, objectives: Mapping[str, Objective]) -> int:
-        return self.plan.max_rows - max(branch.n_rows(objectives) for branch in self.branches)
+    def _room(self, vocabulary: Vocabulary, objectives: Mapping[str, Objective]) -> int:
+        return self.plan.max_rows - max(branch.n_rows(vocabulary, objectives) for branch in self.branches)
 
     def advance(self, logits: Sequence[Float[Tensor, "R W"]], vocabulary: Vocabulary) -> OpenSpan:
         """Take one step of the open span, given the logits of each branch; close the span when it is done."""
@@ -200,7 +200,7 @@ class Session:
         scale = span.settings.guidance_scale
         guided = logits[0] if len(logits) == 1 or scale == 1 else guide(logits[0], logits[1], scale)
         ids = vocabulary.target_range(span.modality)
-        end_id = vocabulary.end if span.grid is None else None
+        end_id = vocabulary.end_of(span.modality)
         span.state = span.objective.step(span.state, guided, ids.start, end_id, vocabulary.mask, span.draw)
         if span.state.done:
             self._close(span, vocabulary)
@@ -208,8 +208,9 @@ class Session:
 
     def _close(self, span: OpenSpan, vocabulary: Vocabulary) -> None:
         contents = span.state.token_ids
-        if span.grid is None:  # an objective that fills a span in place can put its end anywhere
-            ends = (contents == vocabulary.end).nonzero().flatten()
+        end_id = vocabulary.end_of(span.modality)
+        if end_id is not None:  # an objective that fills a span in place can put its end anywhere
+            ends = contents.eq(end_id).nonzero().flatten()
             contents = contents[: int(ends[0])] if len(ends) else contents
         codes = vocabulary.to_codes(span.modality, contents)
         tokens = Tokens(codes, (len(codes),) if span.grid is None else span.grid)

@@ -67,7 +67,8 @@ def build_vocabulary(tokenizers: Mapping[str, Modality]) -> Vocabulary:
         sizes[name] = representation
     if "text" not in sizes:
         raise ModelFolderError(f"tokenizers are {[*tokenizers]}, expected one of text among them")
-    return Vocabulary(sizes.pop("text").vocab_size, sizes)
+    text_size = sizes.pop("text").vocab_size
+    return Vocabulary(text_size, sizes, [name for name in sizes if tokenizers[name].fixed_grid is None])
 
 
 def save_model_folder(

@@ -3,7 +3,8 @@
     part:   text "a seven"             image, 2 x 2 codes
     rows:   <begin:text> a seven <end> <begin:image> c0 c1 c2 c3
 
-Each span is one begin marker followed by its content rows. A target span whose objective corrupts it, and which more
+Each span is one begin marker followed by its content rows; where spans are of free length, an end is the last of them,
+and they lie on one axis whatever the grid of their tokens. A target span whose objective corrupts it, and which more
 content follows, is written twice: the noised rows, private to themselves, then a clean copy at the same positions
 for the rest of the document to read, as it will be at generation.
 """
@@ -85,12 +86,16 @@ def span_extent(grid: tuple[int, ...], length: int) -> int:
 
 
 def document_length(
-    parts: Sequence[tuple[str, int, Role]], objectives: Mapping[str, Objective], *, learn_order: bool = False
+    parts: Sequence[tuple[str, int, Role]],
+    vocabulary: Vocabulary,
+    objectives: Mapping[str, Objective],
+    *,
+    learn_order: bool = False,
 ) -> int:
     """Return the number of rows that a document takes, from (modality, number of codes, role) of its parts."""
     total = 0
     for place, (modality, n_codes, role) in enumerate(parts):
-        length = n_codes + (modality == "text")
+        length = n_codes + (vocabulary.end_of(modality) is not None)
         read_later = learn_order or place < len(parts) - 1
         copies = role is Role.TARGET and objectives[modality].corrupts and read_later
         total += 1 + length * (2 if copies else 1)
@@ -153,8 +158,9 @@ class MultimodalSequence:
             objective = objectives[part.modality]
             contents = vocabulary.to_ids(part.modality, part.tokens.codes).numpy()
             grid = part.tokens.grid
-            if part.modality == "text":
-                contents = np.append(contents, vocabulary.end)
+            end_id = vocabulary.end_of(part.modality)
+            if end_id is not None:
+                contents = np.append(contents, end_id)
                 grid = (len(contents),)
             length = len(contents)
             ids.append(np.array([vocabulary.begin(part.modality)]))

@@ -3,12 +3,14 @@
     [ text ids | 64 special ids | codes of the 1st discrete modality | codes of the 2nd | ... ]
 
 Text ids are the text tokenizer's own. Special ids have fixed places; each modality takes the next free one as its
-begin marker. Adding a modality appends: no id that was ever stored changes its meaning.
+begin marker. A modality whose spans are of free length, such as speech, has an id that ends them after its codes; that
+of text is the special id `end`, which comes next after its own. Adding a modality appends: no id that was ever stored
+changes its meaning.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,22 +46,27 @@ class Vocabulary:
     Args:
         text_size: number of ids of the text tokenizer.
         modalities: the other discrete modalities, in the order in which they were added to the model.
+        free_length: those of them whose spans end themselves, as those of text do.
 
     Raises:
-        VocabularyError: more modalities than begin markers, an empty codebook, or text among `modalities`.
+        VocabularyError: more modalities than begin markers, an empty codebook, text among `modalities`, or a name in
+            `free_length` that is not among them.
     """
 
-    def __init__(self, text_size: int, modalities: Mapping[str, Discrete]) -> None:
+    def __init__(self, text_size: int, modalities: Mapping[str, Discrete], free_length: Collection[str] = ()) -> None:
         if text_size < 1:
             raise VocabularyError(f"text_size is {text_size}, expected at least 1")
         if "text" in modalities:
             raise VocabularyError("text is the first range by itself: leave it out of `modalities`")
+        if not set(free_length) <= set(modalities):
+            raise VocabularyError(f"free_length names {sorted(free_length)}, expected some of {sorted(modalities)}")
         specials = [*_FIXED_SPECIALS, *(f"begin:{name}" for name in modalities)]
         if len(specials) > N_SPECIAL:
             raise VocabularyError(f"{len(modalities)} modalities, expected at most {N_SPECIAL - len(_FIXED_SPECIALS)}")
         self.text_size = text_size
         self.modalities = dict(modalities)
         self._specials = {name: text_size + place for place, name in enumerate(specials)}
+        self._ends = {"text": self._specials["end"]}
         self._codes: dict[str, IdRange] = {"text": IdRange(0, text_size)}
         next_id = text_size + N_SPECIAL
         for name, representation in modalities.items():
@@ -68,6 +75,9 @@ class Vocabulary:
                 raise VocabularyError(f"modality {name} has an empty codebook: {representation}")
             self._codes[name] = IdRange(next_id, next_id + width)
             next_id += width
+            if name in free_length:
+                self._ends[name] = next_id
+                next_id += 1
         self.size = next_id
 
     @property
@@ -77,7 +87,7 @@ class Vocabulary:
 
     @property
     def end(self) -> int:
-        """Id that ends a span of free length."""
+        """Id that ends a text, and stands for the end of a document where the next span is predicted."""
         return self._specials["end"]
 
     @property
@@ -95,15 +105,20 @@ class Vocabulary:
         self._require(modality)
         return self._specials[f"begin:{modality}"]
 
+    def end_of(self, modality: str) -> int | None:
+        """Id that ends a span of `modality`, the last of `target_range`; None where all spans have one length."""
+        self._require(modality)
+        return self._ends.get(modality)
+
     @property
     def next_span_range(self) -> IdRange:
         """Ids among which lies what may follow a span: the begin markers, and `end` where nothing does."""
         return IdRange(self.text_size, self.text_size + len(self._specials))
 
     def target_range(self, modality: str) -> IdRange:
-        """Ids that a generated span of `modality` may hold: its codes, and the end id for text."""
-        codes = self._require(modality)
-        return IdRange(codes.start, self.end + 1) if modality == "text" else codes
+        """Ids that a generated span of `modality` may hold: its codes, and the id that ends it if one does."""
+        codes, end = self._require(modality), self.end_of(modality)
+        return codes if end is None else IdRange(codes.start, end + 1)
 
     def to_ids(self, modality: str, codes: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
         """Turn a modality's own codes into ids of the model.
@@ -141,6 +156,9 @@ class Vocabulary:
         for name, ids in self._codes.items():
             if ids.start <= token_id < ids.stop:
                 return f"{name}[{token_id - ids.start}]"
+        for name, end in self._ends.items():
+            if token_id == end:
+                return f"<end:{name}>"
         return f"unused[{token_id}]"
 
     def to_json(self) -> dict[str, Any]:
@@ -157,7 +175,7 @@ class Vocabulary:
         """
         try:
             stored = {name: Discrete(**entry) for name, entry in content["modalities"].items()}
-            vocabulary = cls(content["text_size"], stored)
+            vocabulary = cls(content["text_size"], stored, content.get("free_length", ()))
             expected = content["sha256"]
         except (KeyError, TypeError, AttributeError) as error:
             raise VocabularyError(
@@ -185,7 +203,9 @@ class Vocabulary:
         entries = {
             name: {"vocab_size": r.vocab_size, "n_codebooks": r.n_codebooks} for name, r in self.modalities.items()
         }
-        return {"text_size": self.text_size, "modalities": entries}
+        free = [name for name in self.modalities if name in self._ends]
+        # Left out where there are none: records from before there were any keep their hash.
+        return {"text_size": self.text_size, "modalities": entries, **({"free_length": free} if free else {})}
 
     def _require(self, modality: str) -> IdRange:
         if modality not in self._codes:

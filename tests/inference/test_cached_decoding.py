@@ -1,30 +1,50 @@
 """Generation with the cache, in batches, against a slow reference that forwards whole sequences one at a time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import CODEBOOK, TEXT_SIZE, image_part, text_part
+from strategies import (
+    CODEBOOK,
+    SPEECH_CODEBOOK,
+    TEXT_SIZE,
+    four_modalities,
+    image_part,
+    speech_part,
+    text_part,
+    video_part,
+)
 
 from omniform.inference.cache import KVCache
 from omniform.inference.engine import Engine
 from omniform.inference.sampling import KeyedDraw, guide
 from omniform.inference.session import Plan, Session
 from omniform.modeling.attention_pattern import AttentionPattern
+from omniform.modeling.config import ModelConfig
 from omniform.modeling.generation_config import SamplingSettings
 from omniform.modeling.model import UnifiedModel
+from omniform.modeling.objectives.masked import Masked
+from omniform.modeling.objectives.next_token import NextToken
 from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
 from omniform.tokenizers.base import Tokens
+from omniform.tokenizers.vocabulary import Vocabulary
 
-GRIDS: dict[str, tuple[int, ...] | None] = {"text": None, "image": (2, 2)}
+GRIDS: dict[str, tuple[int, ...] | None] = {"text": None, "image": (2, 2), "speech": None, "video": (2, 2, 2)}
 CONTEXT_TEXT = st.lists(st.integers(0, TEXT_SIZE - 1), max_size=5).map(lambda codes: text_part(codes, Role.CONTEXT))
 CONTEXT_IMAGE = st.lists(st.integers(0, CODEBOOK - 1), min_size=4, max_size=4).map(
     lambda codes: image_part(codes, Role.CONTEXT)
 )
-CONTEXTS = st.lists(st.one_of(CONTEXT_TEXT, CONTEXT_IMAGE), max_size=3)
-TARGETS = st.lists(st.sampled_from(["text", "image"]), min_size=1, max_size=3)
+CONTEXT_SPEECH = st.lists(st.integers(0, SPEECH_CODEBOOK - 1), max_size=5).map(
+    lambda codes: speech_part(codes, Role.CONTEXT)
+)
+CONTEXT_VIDEO = st.lists(st.integers(0, CODEBOOK - 1), min_size=8, max_size=8).map(
+    lambda codes: video_part(codes, Role.CONTEXT)
+)
+CONTEXTS = st.lists(st.one_of(CONTEXT_TEXT, CONTEXT_IMAGE, CONTEXT_SPEECH, CONTEXT_VIDEO), max_size=3)
+TARGETS = st.lists(st.sampled_from(list(GRIDS)), min_size=1, max_size=3)
 SETTINGS = st.builds(
     SamplingSettings,
     max_new_tokens=st.integers(1, 6),
@@ -34,6 +54,18 @@ SETTINGS = st.builds(
     guidance_scale=st.sampled_from([1.0, 2.5]),
     steps=st.sampled_from([None, 1, 2, 4]),
 )
+
+
+@pytest.fixture
+def vocabulary() -> Vocabulary:
+    return four_modalities()
+
+
+@pytest.fixture
+def model_config(model_config: ModelConfig) -> ModelConfig:
+    return replace(
+        model_config, objectives={**model_config.objectives, "speech": NextToken(), "video": Masked(steps=2)}
+    )
 
 
 def reference_logits(model: UnifiedModel, parts: Sequence[Part], target: Part, ids: torch.Tensor) -> torch.Tensor:
@@ -74,9 +106,9 @@ def reference_generate(
         while not state.done:
             logits = [reference_logits(model, parts, target, state.token_ids) for parts in documents]
             guided = logits[0] if len(logits) == 1 else guide(logits[0], logits[1], chosen.guidance_scale)
-            end_id = vocabulary.end if grid is None else None
+            end_id = vocabulary.end_of(modality)
             state = objective.step(state, guided, ids.start, end_id, vocabulary.mask, draw)
-        contents = [i for i in state.token_ids.tolist() if i != vocabulary.end]
+        contents = [i for i in state.token_ids.tolist() if i != end_id]
         codes = vocabulary.to_codes(modality, torch.tensor(contents, dtype=torch.int64))
         generated.append(codes.tolist())
         # What was generated is a condition of what follows: only the conditional document goes on with it.

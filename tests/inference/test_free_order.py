@@ -42,7 +42,7 @@ def test_thousands_of_draws_from_random_weights_are_all_well_formed(omni: Model)
     for session in sessions:
         generated = session.branches[0].parts[-len(session.generated) :]
         assert 1 <= len(session.generated) <= 7
-        assert session.branches[0].n_rows(objectives) <= 60
+        assert session.branches[0].n_rows(vocabulary, objectives) <= 60
         shapes.add(tuple(part.modality for part in generated))
         for part in generated:
             omni.tokenizers[part.modality].decode(part.tokens)

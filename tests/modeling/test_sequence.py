@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import CODEBOOK, DOCUMENTS, TEXT_SIZE, image_part, text_part
+from strategies import FOUR_MODALITIES, four_modalities, image_part, text_part
 
 from omniform.modeling.config import ModelConfig
 from omniform.modeling.model import UnifiedModel, corrupt
@@ -17,27 +17,27 @@ from omniform.modeling.sequence import (
     grid_positions,
     pack,
 )
-from omniform.tokenizers.base import Discrete
-from omniform.tokenizers.vocabulary import Vocabulary
 
-VOCABULARY = Vocabulary(TEXT_SIZE, {"image": Discrete(CODEBOOK)})
-OBJECTIVES = {"text": NextToken(), "image": Masked()}
+VOCABULARY = four_modalities()
+OBJECTIVES = {"text": NextToken(), "image": Masked(), "speech": NextToken(), "video": Masked()}
 
 
 def build(parts: list[Part], key: int = 0) -> MultimodalSequence:
     return MultimodalSequence.build(parts, VOCABULARY, OBJECTIVES, key)
 
 
-@given(DOCUMENTS)
+@given(FOUR_MODALITIES)
 def test_spans_hold_the_contents_of_their_parts_and_lengths_are_foretold(parts: list[Part]) -> None:
     sequence = build(parts)
-    assert len(sequence) == document_length([(p.modality, len(p.tokens.codes), p.role) for p in parts], OBJECTIVES)
+    assert len(sequence) == document_length(
+        [(p.modality, len(p.tokens.codes), p.role) for p in parts], VOCABULARY, OBJECTIVES
+    )
     clean = [span for span in sequence.spans if not span.noised]
     assert len(clean) == len(parts)
     for span, part in zip(clean, parts, strict=True):
         ids = torch.from_numpy(sequence.token_ids[span.start : span.start + span.length])
-        if part.modality == "text":
-            assert ids[-1] == VOCABULARY.end
+        if VOCABULARY.end_of(part.modality) is not None:
+            assert ids[-1] == VOCABULARY.end_of(part.modality)
             ids = ids[:-1]
         assert torch.equal(VOCABULARY.to_codes(part.modality, ids), part.tokens.codes)
     covered = sum(span.length for span in sequence.spans) + len(parts)
@@ -57,11 +57,11 @@ def test_an_image_between_texts_is_laid_out_as_documented() -> None:
     assert [(s.role, s.noised) for s in sequence.spans[1:3]] == [(Role.TARGET, True), (Role.CONTEXT, False)]
 
 
-@given(DOCUMENTS)
+@given(FOUR_MODALITIES)
 def test_learning_the_order_gives_every_corrupted_target_a_clean_copy_and_names_what_follows(parts: list[Part]) -> None:
     sequence = MultimodalSequence.build(parts, VOCABULARY, OBJECTIVES, learn_order=True)
     described = [(p.modality, len(p.tokens.codes), p.role) for p in parts]
-    assert len(sequence) == document_length(described, OBJECTIVES, learn_order=True)
+    assert len(sequence) == document_length(described, VOCABULARY, OBJECTIVES, learn_order=True)
     clean = [span for span in sequence.spans if not span.noised]
     rows, following = zip(*sequence.next_spans, strict=True)
     assert list(rows) == [span.start + span.length - 1 for span in clean]
@@ -82,7 +82,7 @@ def test_grids_of_one_to_three_axes() -> None:
         grid_positions((2, 2), 5, 0)
 
 
-@given(st.lists(st.tuples(st.lists(DOCUMENTS, max_size=3)), min_size=1, max_size=3))
+@given(st.lists(st.tuples(st.lists(FOUR_MODALITIES, max_size=3)), min_size=1, max_size=3))
 def test_packing_keeps_every_sequence_and_names_the_rows_of_its_targets(nested: list) -> None:
     rows = [[build(parts, key) for key, parts in enumerate(row)] for (row,) in nested]
     length = max(1, *(sum(map(len, row)) for row in rows))
@@ -97,7 +97,7 @@ def test_packing_keeps_every_sequence_and_names_the_rows_of_its_targets(nested: 
         assert (batch.token_ids[index, start:] == VOCABULARY.pad).all()
     flat = batch.token_ids.view(-1)
     targets = [s for row in rows for q in row for s in q.spans if s.role is Role.TARGET]
-    for modality in ("text", "image"):
+    for modality in VOCABULARY.names:
         expected = [s for s in targets if s.modality == modality]
         if not expected:
             assert modality not in batch.targets
@@ -119,7 +119,7 @@ def test_empty_documents_and_unknown_modalities_are_refused() -> None:
         MultimodalSequence.build([image_part([0] * 4, Role.TARGET)], VOCABULARY, {"text": NextToken()})
 
 
-@given(st.lists(DOCUMENTS, min_size=2, max_size=4))
+@given(st.lists(FOUR_MODALITIES, min_size=2, max_size=4))
 def test_packed_losses_are_the_sums_of_separate_losses(documents: list) -> None:
     torch.manual_seed(0)
     model = _model()
@@ -129,7 +129,7 @@ def test_packed_losses_are_the_sums_of_separate_losses(documents: list) -> None:
     together = corrupt(pack([sequences[:half], sequences[half:]], length, VOCABULARY), VOCABULARY, OBJECTIVES)
     alone = [corrupt(pack([[s]], len(s), VOCABULARY), VOCABULARY, OBJECTIVES) for s in sequences]
     packed, separate = model(together), [model(batch) for batch in alone]
-    for modality in ("text", "image"):
+    for modality in VOCABULARY.names:
         expected = sum(losses[modality] for losses in separate)
         torch.testing.assert_close(packed[modality], expected, atol=2e-4, rtol=1e-5)
         assert together.counts[modality] == sum(batch.counts[modality] for batch in alone)

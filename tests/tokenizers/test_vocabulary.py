@@ -14,7 +14,13 @@ SIZES = st.builds(Discrete, st.integers(1, 40), st.integers(1, 3))
 
 @st.composite
 def vocabularies(draw: st.DrawFn) -> Vocabulary:
-    return Vocabulary(draw(st.integers(1, 100)), {name: draw(SIZES) for name in draw(NAMES)})
+    sizes = {name: draw(SIZES) for name in draw(NAMES)}
+    return Vocabulary(draw(st.integers(1, 100)), sizes, [name for name in sizes if draw(st.booleans())])
+
+
+def n_codes(vocabulary: Vocabulary, name: str) -> int:
+    """Ids of a modality that are not its end."""
+    return len(vocabulary.target_range(name)) - (vocabulary.end_of(name) is not None)
 
 
 @given(vocabularies())
@@ -23,12 +29,19 @@ def test_codes_and_ids_are_a_bijection_and_ranges_are_disjoint(vocabulary: Vocab
     seen |= {vocabulary.begin(name) for name in vocabulary.names}
     assert len(seen) == 3 + len(vocabulary.names)
     for name in vocabulary.names:
-        size = vocabulary.text_size if name == "text" else len(vocabulary.target_range(name))
-        codes = torch.arange(size)
+        codes = torch.arange(n_codes(vocabulary, name))
         ids = vocabulary.to_ids(name, codes)
         assert torch.equal(vocabulary.to_codes(name, ids), codes)
         assert not seen & set(ids.tolist())
         seen |= set(ids.tolist())
+        end = vocabulary.end_of(name)
+        if end is not None and name != "text":
+            assert end not in seen
+            assert vocabulary.target_range(name).stop - 1 == end
+            assert vocabulary.describe(end) == f"<end:{name}>"
+            with pytest.raises(VocabularyError, match="expected those of"):
+                vocabulary.to_codes(name, torch.tensor([end]))
+            seen.add(end)
     assert max(seen) < vocabulary.size
     assert vocabulary.size == sum(len(vocabulary.target_range(n)) for n in vocabulary.names) + N_SPECIAL - 1
 
@@ -46,7 +59,7 @@ def test_foreign_codes_and_ids_are_refused(vocabulary: Vocabulary, name: str, nu
         with pytest.raises(VocabularyError, match="no modality"):
             vocabulary.to_ids(name, torch.tensor([0]))
         return
-    size = vocabulary.text_size if name == "text" else len(vocabulary.target_range(name))
+    size = n_codes(vocabulary, name)
     if not 0 <= number < size:
         with pytest.raises(VocabularyError, match="expected"):
             vocabulary.to_ids(name, torch.tensor([number]))
@@ -60,6 +73,7 @@ def test_foreign_codes_and_ids_are_refused(vocabulary: Vocabulary, name: str, nu
 def test_records_round_trip_and_hashes_tell_vocabularies_apart(a: Vocabulary, b: Vocabulary) -> None:
     assert Vocabulary.from_json(json.loads(json.dumps(a.to_json()))) == a
     same = a.text_size == b.text_size and list(a.modalities.items()) == list(b.modalities.items())
+        same &= all((a.end_of(name) is None) == (b.end_of(name) is None) for name in a.names if name in b.names)
     assert (a == b) == same
     assert (a.digest() == b.digest()) == same
 
@@ -98,3 +112,10 @@ def test_impossible_vocabularies_are_refused(modalities: dict[str, Discrete]) ->
         Vocabulary(10, modalities)
     with pytest.raises(VocabularyError, match="at least 1"):
         Vocabulary(0, {})
+
+
+def test_a_vocabulary_without_spans_of_free_length_keeps_the_hash_of_its_first_records() -> None:
+    record = Vocabulary(1000, {"image": Discrete(64)}).to_json()
+    assert "free_length" not in record
+    with pytest.raises(VocabularyError, match="expected some of"):
+        Vocabulary(10, {"image": Discrete(4)}, ["speech"])
