@@ -73,7 +73,7 @@ def test_foreign_codes_and_ids_are_refused(vocabulary: Vocabulary, name: str, nu
 def test_records_round_trip_and_hashes_tell_vocabularies_apart(a: Vocabulary, b: Vocabulary) -> None:
     assert Vocabulary.from_json(json.loads(json.dumps(a.to_json()))) == a
     same = a.text_size == b.text_size and list(a.modalities.items()) == list(b.modalities.items())
-        same &= all((a.end_of(name) is None) == (b.end_of(name) is None) for name in a.names if name in b.names)
+    same &= all((a.end_of(name) is None) == (b.end_of(name) is None) for name in a.names if name in b.names)
     assert (a == b) == same
     assert (a.digest() == b.digest()) == same
 
