@@ -14,9 +14,11 @@ from jaxtyping import Float, Int
 
 from omniform.errors import OmniformError
 
-# As in "this is seven" or "an 8"; the same ten words as in the captions.
-_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_DIGIT_OF = {name: digit for digit, word in enumerate(_WORDS) for name in (word, str(digit))}
+# As in "this is seven" or "an 8"; the same words as in the captions.
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+MOTIONS = ("still", "left", "right", "up", "down")
+NO_ANSWER = -1  # of a judge that may find none
+_DIGIT_OF = {name: digit for digit, word in enumerate(DIGIT_WORDS) for name in (word, str(digit))}
 _CHUNK = 1024  # rows of one distance matrix, which bounds memory
 JUDGED_SIZE = 16  # pixels per side
 
