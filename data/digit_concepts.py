@@ -220,7 +220,7 @@ class SplitMedia:
 
     def _file(self, clip: Clip) -> bytes:
         drawing, _ = altered(self.images, clip.row, clip.copy, self.seed)
-        return video_bytes(draw_clip(drawing, clip), FPS, "mp4")
+        return video_bytes(draw_clip(drawing, clip), FPS, "mp4", lossless=True)
 
 
 def _sound(spoken: Spoken) -> RawSpan:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import pytest
 import torch
 
+from omniform.data.digits import build_digits
 from omniform.data.schema import RawSample, RawSpan
 from omniform.data.shards import ShardWriter
 from omniform.modeling.objectives.masked import Masked
@@ -122,3 +123,9 @@ def write_pairs() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole of digits-world, with three copies of each training image, and two of everything else."""
+    return build_digits(tmp_path_factory.mktemp("world") / "digits", seed=3, copies=3, limit=2)
