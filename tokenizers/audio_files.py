@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -32,9 +33,12 @@ RATES = (1000, 768_000)  # resampling takes memory in proportion to the ratio of
 MAX_LEVEL = (
     16.0  # floats above full scale are clipped; far above they were stored in another unit, such as 16-bit numbers
 )
-MAX_CHANNELS = 64
+MAX_CHANNELS = 8  # PyAV crashes on planes beyond the eighth
+_EXACT_LENGTHS = ("flac", "mov")
 _CUT_SHORT = 0.1  # seconds that a whole file may lack of its stated duration: less than two frames of any codec here
 _BLOCK = 2**16  # samples that are encoded at a time
+_FULL_SCALE = {"uint8": 2**7, "int16": 2**15, "int32": 2**31}
+_LARGE_PACKETS = {"max_size": "65536"}  # bytes, of WAV files: FFmpeg's default is a tenth of a second
 _ENCODERS = {"wav": "pcm_s16le", "flac": "flac", "mp3": "libmp3lame", "ogg": "libopus"}
 
 
@@ -107,7 +111,7 @@ def read_audio(source: bytes | Path, rate: int, max_seconds: float = MAX_SECONDS
             `max_seconds`; a rate outside of RATES; samples that are not numbers or far beyond full scale.
     """
     _check_rate(rate)
-    with _opened(source, max_seconds) as (container, stream, header):
+    with _opened(source, max_seconds) as (container, stream, _):
         blocks, n_samples = [], 0
         for block in _resampled(container, stream, rate):
             n_samples += len(block)
@@ -116,13 +120,13 @@ def read_audio(source: bytes | Path, rate: int, max_seconds: float = MAX_SECONDS
             blocks.append(_clipped(block))
         if not n_samples:
             raise AudioFileError("no samples", "a sound file holds no samples")
-        stated = header.seconds if container.format.name not in ("mp3", "ogg") else None
-        if stated is not None and n_samples / rate < stated - _CUT_SHORT:
-            raise AudioFileError(
-                "cut short", f"a sound file states {stated:.2f} seconds and holds only {n_samples / rate:.2f}"
-            )
-        if container.format.name.startswith("mov") and stream.duration and stream.time_base:
-            n_samples = round(stream.duration * stream.time_base * rate)  # its last packet is filled up
+        if container.format.name.startswith(_EXACT_LENGTHS) and stream.duration and stream.time_base:
+            stated = round(stream.duration * stream.time_base * rate)
+            if n_samples < stated - _CUT_SHORT * rate:
+                raise AudioFileError(
+                    "cut short", f"a sound file states {stated / rate:.2f} seconds, and holds {n_samples / rate:.2f}"
+                )
+            n_samples = stated  # the last packet of some codecs is filled up
         return torch.from_numpy(np.concatenate(blocks)[:n_samples])
 
 
@@ -155,7 +159,8 @@ def audio_bytes(samples: Float[Tensor, "N"], rate: int, extension: str) -> bytes
         stream.codec_context.options = {"flags": "+bitexact"}
         for start in range(0, len(pcm), _BLOCK):
             frame = AudioFrame.from_ndarray(pcm[None, start : start + _BLOCK], format="s16", layout="mono")
-            frame.sample_rate = rate
+            # Without time stamps the end would not be trimmed to what was given.
+            frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return file.getvalue()
@@ -168,7 +173,7 @@ def write_audio(path: Path, samples: Float[Tensor, "N"], rate: int) -> None:
 
 @contextmanager
 def _opened(source: bytes | Path, max_seconds: float) -> Iterator[tuple[InputContainer, AudioStream, AudioHeader]]:
-    with open_container(source, "sound", FORMATS, CODECS, AudioFileError, {}) as container:
+    with open_container(source, "sound", FORMATS, CODECS, AudioFileError, _LARGE_PACKETS) as container:
         if not container.streams.audio:
             raise AudioFileError("no sound", "the file holds no sound")
         stream = container.streams.audio[0]
@@ -178,6 +183,8 @@ def _opened(source: bytes | Path, max_seconds: float) -> Iterator[tuple[InputCon
             raise AudioFileError("codec that is not read", f"a sound of {name}, expected one of {', '.join(CODECS)}")
         context.thread_count = 1
         seconds = None if container.duration is None else container.duration / av.time_base
+        if stream.duration is not None and stream.time_base is not None:
+            seconds = float(stream.duration * stream.time_base)
         if seconds is not None and seconds > max_seconds:
             raise _too_long(f"{seconds:.1f}", max_seconds)
         header = AudioHeader(context.name, context.sample_rate, context.channels, seconds)
@@ -193,17 +200,31 @@ def _opened(source: bytes | Path, max_seconds: float) -> Iterator[tuple[InputCon
 
 def _resampled(container: InputContainer, stream: AudioStream, rate: int) -> Iterator[npt.NDArray[np.float32]]:
     """Yield mono blocks at `rate`; channels are averaged last, for FFmpeg's own mixing weighs them by their place."""
-    # Packed samples: PyAV crashes on planes beyond the eighth.
     resampler = av.AudioResampler(format="flt", rate=rate)
+    own_rate = None
     for frame in container.decode(stream):
-        _check_rate(frame.sample_rate)
+        if own_rate is None:
+            own_rate = frame.sample_rate
+            _check_rate(own_rate)
+        elif frame.sample_rate != own_rate:
+            raise AudioFileError(
+                "changing rate", f"a sound goes from {own_rate} to {frame.sample_rate} Hz, expected one rate: split it"
+            )
         frame.pts = None  # gaps between time stamps are no sound
-        yield from map(_mean_of_channels, resampler.resample(frame))
-    yield from map(_mean_of_channels, resampler.resample(None))
+        yield from map(_mean_of_channels, [frame] if own_rate == rate else resampler.resample(frame))
+    if own_rate not in (None, rate):
+        yield from map(_mean_of_channels, resampler.resample(None))
 
 
 def _mean_of_channels(frame: AudioFrame) -> npt.NDArray[np.float32]:
-    return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(axis=1, dtype=np.float32)
+    """Return the mono levels of a frame; full scale is 1 for integers of any width."""
+    stored = frame.to_ndarray()
+    channels = stored if frame.format.is_planar else stored.reshape(-1, frame.layout.nb_channels).T
+    levels = channels.astype(np.float64 if stored.dtype == np.float64 else np.float32).mean(axis=0, dtype=np.float64)
+    if stored.dtype == np.uint8:
+        levels -= 128
+    with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
+        return (levels / _FULL_SCALE.get(stored.dtype.name, 1)).astype(np.float32)
 
 
 def _clipped(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
