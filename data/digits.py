@@ -3,6 +3,7 @@
 import bisect
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +101,8 @@ def build_digits(out: Path, seed: int = 0, copies: int = 16, *, media: bool = Tr
         counts = {}
         for name, samples in _folders(images, labels, seed, copies, media, limit):
             counts[name] = _write(partial / name, samples)
+            if not sys.stderr.isatty():
+                print(f"{name}: {counts[name]} samples", file=sys.stderr, flush=True)
         sources = [IMAGE_SOURCE, *([SPEECH_SOURCE] if media else [])]
         write_manifest(partial, {**recipe, "samples": counts, "sources": sources})
         if out.exists():
