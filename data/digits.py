@@ -46,7 +46,8 @@ FEWEST_PICTURES, MOST_PICTURES, DOCUMENT_COPIES = 2, 4, 2
 def build_digits(out: Path, seed: int = 0, copies: int = 16, *, media: bool = True, limit: int | None = None) -> Path:
     """Write digits-world to `out`; the same arguments give the same bytes. Nothing is left behind on an error.
 
-    For each SPLIT of train, validation and test, with drawings, voices and wordings that no other split has:
+    For each SPLIT of train, validation and test, with drawings and voices that no other split has, and wordings that
+    test alone has:
 
         SPLIT                   text, image: a caption and a drawing
         SPLIT-documents         texts and drawings in turns, two to four of each, that count up or name what is shown

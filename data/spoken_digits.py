@@ -23,8 +23,8 @@ from jaxtyping import Int16
 from omniform.data.schema import DataError
 
 SAMPLE_RATE = 16000
-# "accent+variant". Variants of one family (one stem, or formants in common) stand on one side: what is held out was
-# never heard. pocketsphinx, the judge, hears most of these voices right, which makes its ceiling a little too high.
+# "accent+variant". Variants of one family (one stem, or settings copied from each other) stand on one side, so that
+# what is held out was never heard. The judge, pocketsphinx, hears most of these voices right, which raises its ceiling.
 VOICES = {
     "train": (
         *("gmw/en-US+m1", "gmw/en+m1", "gmw/en-US+m3", "gmw/en+m3", "gmw/en-US+m6", "gmw/en+m6"),

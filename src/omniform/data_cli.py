@@ -16,14 +16,14 @@ DataDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards (
 
 @data_app.command("build")
 def data_build(
-    world: Annotated[Literal["digits"], typer.Argument(metavar="WORLD", help="digits: written, spoken, moving, captioned.")],
+    world: Annotated[Literal["digits"], typer.Argument(metavar="WORLD", help="digits: written, spoken, moving.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     seed: Seed = 0,
 ) -> None:
     """Build a demo world from what installed packages ship, the same to the byte each time.
 
     digits takes about 220 MB and a minute: text, pictures, speech and video of the digits 0 to 9, in splits that share
-    no writer, voice or wording. It needs the extra `demo`.
+    no block of writers and no voice. It needs the extra `demo`.
     """
     from omniform.data.digits import build_digits
 
