@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from omniform.modeling.config import STRICT
 from omniform.tokenizers.codec_tokenizer import CodecTokenizer
 from omniform.tokenizers.codecs.adversarial import Discriminator, PatchDiscriminator
+from omniform.tokenizers.codecs.spectrogram_discriminator import SpectrogramDiscriminator
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 from omniform.tokenizers.image_latents import (
     ImageLatentsConfig,
@@ -16,6 +17,7 @@ from omniform.tokenizers.image_latents import (
     ImagePatchesConfig,
     ImagePatchesTokenizer,
 )
+from omniform.tokenizers.speech import SpeechTokenizer, SpeechTokenizerConfig
 from omniform.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
 from omniform.training.config import NAME, FitConfig
 
@@ -41,6 +43,22 @@ class AdversarialConfig:
     def build(self, channels: int) -> Discriminator:
         """Return the discriminator with random weights from torch's generator."""
         return PatchDiscriminator(channels, self.widths)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SpectrogramAdversarialConfig(AdversarialConfig):
+    """A discriminator of short-time spectra.
+
+    Attributes:
+        widths: channels of the layers, each of which halves the number of frequencies.
+        n_ffts: samples per window of the spectra, each with a discriminator of its own.
+    """
+
+    n_ffts: Annotated[tuple[Annotated[int, Field(ge=16, multiple_of=4)], ...], Field(min_length=1)] = (256, 512, 1024)
+
+    def build(self, channels: int) -> Discriminator:
+        """Return the discriminator with random weights from torch's generator."""
+        return SpectrogramDiscriminator(self.n_ffts, self.widths)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -133,6 +151,66 @@ class ImageLatentsTrainConfig(CodecTrainConfig):
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss term."""
         return {"reconstruction": 1.0, "kl": self.kl_weight}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PerturbationConfig:
+    """How much a recording changes each time it is learnt from: a few voices stand for many.
+
+    Attributes:
+        speed: how much faster, or slower, at most: 0.2 is between 1.2 times and 1 / 1.2 times the speed.
+        filter_taps: length of a random filter, an odd number.
+        filter_strength: the most that a tap differs from those of a filter that changes nothing.
+        gain_db: the least and the most gain.
+    """
+
+    speed: float = Field(default=0.18, ge=0, le=1)
+    filter_taps: int = Field(default=9, ge=1, le=101)
+    filter_strength: float = Field(default=0.14, ge=0, le=1)
+    gain_db: tuple[float, float] = (-10.0, 3.0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SpeechTokenizerTrainConfig(CodecTrainConfig):
+    """How to train a speech tokenizer; a row is a segment of a recording.
+
+    Attributes:
+        segment_samples: samples of a segment, a multiple of those of a frame.
+        perturbation: of each recording; null: none.
+        log_mel_weight: of the difference of log-mel spectra.
+        magnitude_weight: of the difference of magnitudes.
+        waveform_weight: of the difference of samples, which asks for their phases too.
+    """
+
+    tokenizer_type = SpeechTokenizer
+
+    kind: Literal["speech_codec"]
+    tokenizer: SpeechTokenizerConfig = SpeechTokenizerConfig()
+    segment_samples: int = Field(default=7680, ge=1)
+    perturbation: PerturbationConfig | None = PerturbationConfig()
+    log_mel_weight: float = Field(default=1.0, ge=0)
+    magnitude_weight: float = Field(default=0.3, ge=0)
+    waveform_weight: float = Field(default=0.0, ge=0)
+    adversarial: SpectrogramAdversarialConfig | None = None
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term that a codec of this configuration can have."""
+        return {
+            **super().loss_weights,
+            "log_mel": self.log_mel_weight,
+            "magnitude": self.magnitude_weight,
+            "waveform": self.waveform_weight,
+        }
+
+    @model_validator(mode="after")
+    def _check_segment(self) -> "SpeechTokenizerTrainConfig":
+        if self.segment_samples % self.tokenizer.frame_samples:
+            raise ValueError(
+                f"segment_samples is {self.segment_samples}, expected a multiple of tokenizer.frame_samples, "
+                f"{self.tokenizer.frame_samples}"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -17,11 +17,13 @@ from omniform.tokenizers.text import SentencePieceTokenizer
 from omniform.training.codec_task import CodecTask
 from omniform.training.loop import fit
 from omniform.training.run_folder import CONFIG_FILE, lock_folder, open_run_folder
+from omniform.training.speech_task import SpeechTask
 from omniform.training.tokenizer_config import (
     CodecTrainConfig,
     ImageLatentsTrainConfig,
     ImagePatchesTrainConfig,
     ImageTokenizerTrainConfig,
+    SpeechTokenizerTrainConfig,
     TextTokenizerTrainConfig,
     VideoTokenizerTrainConfig,
 )
@@ -32,6 +34,7 @@ RESULT = "tokenizer"
 _CODECS: dict[str, tuple[type[CodecTrainConfig], type[CodecTask]]] = {
     "conv_vq": (ImageTokenizerTrainConfig, CodecTask),
     "conv_kl": (ImageLatentsTrainConfig, CodecTask),
+    "speech_codec": (SpeechTokenizerTrainConfig, SpeechTask),
     "causal_video_vq": (VideoTokenizerTrainConfig, CodecTask),
 }
 TokenizerTrainConfig = CodecTrainConfig | TextTokenizerTrainConfig | ImagePatchesTrainConfig
