@@ -1,0 +1,90 @@
+"""The tokens of all four modalities through the whole road: data, training, a stored model, generation."""
+
+import itertools
+from pathlib import Path
+
+import torch
+
+import omniform
+from omniform.data.digits import build_digits
+from omniform.data.loader import TrainingData
+from omniform.data.mixture import DataConfig, SourceConfig
+from omniform.modeling.config import DecoderConfig, ModelConfig
+from omniform.modeling.folder import build_vocabulary
+from omniform.modeling.model import UnifiedModel
+from omniform.modeling.objectives.masked import Masked
+from omniform.modeling.objectives.next_token import NextToken
+from omniform.tokenizers.base import Modality
+from omniform.tokenizers.codecs.fsq import FSQConfig
+from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from omniform.tokenizers.speech import SpeechTokenizer, SpeechTokenizerConfig
+from omniform.tokenizers.text import SentencePieceTokenizer
+from omniform.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
+from omniform.training.config import CheckpointConfig, EngineConfig, FitConfig, OptimConfig
+from omniform.training.loop import fit
+from omniform.training.model_task import ModelTask
+from omniform.training.run_folder import open_run_folder
+
+
+def small_tokenizers() -> dict[str, Modality]:
+    """Small codecs with random weights: their codes are poor, and codes all the same."""
+    torch.manual_seed(0)
+    image = ImageTokenizerConfig(patch_size=4, widths=(8,), quantizer=FSQConfig(levels=(4, 3)))
+    speech = SpeechTokenizerConfig(width=8, n_blocks=1, frame_samples=1280, quantizer=FSQConfig(levels=(3, 3)))
+    video = VideoTokenizerConfig(patch_size=16, widths=(8,), time_strides=(), quantizer=FSQConfig(levels=(3, 5)))
+    return {
+        "text": SentencePieceTokenizer.train(["one digit"], vocab_size=265),
+        "image": ImageTokenizer(image, image.build()),
+        "speech": SpeechTokenizer(speech, speech.build()),
+        "video": VideoTokenizer(video, video.build()),
+    }
+
+
+def test_every_pair_of_modalities_trains_and_every_modality_is_generated(tmp_path: Path) -> None:
+    world = build_digits(tmp_path / "world", copies=1, limit=2)
+    tokenizers = small_tokenizers()
+    objectives = {"text": NextToken(), "image": Masked(steps=2), "speech": NextToken(), "video": Masked(steps=2)}
+    decoder = DecoderConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=32, rope_theta=100.0)
+    config = ModelConfig(decoder=decoder, objectives=objectives, next_span_weight=0.1)
+    vocabulary = build_vocabulary(tokenizers)
+    assert vocabulary.end_of("speech") == vocabulary.target_range("speech").stop - 1
+    pairs = {f"{source}->{target}": 1.0 for source, target in itertools.permutations(tokenizers, 2)}
+    sources = (
+        SourceConfig(path=world / "train-concepts", tasks=pairs),
+        SourceConfig(path=world / "train-stories", tasks={"interleaved": 1.0}),
+    )
+    data = TrainingData(
+        DataConfig(sources=sources, row_length=512),
+        tokenizers,
+        vocabulary,
+        objectives,
+        seed=0,
+        cache_dir=tmp_path / "tokens",
+        rows_per_step=4,
+    )
+    assert not any(data.holes.values())
+    assert not any(data.unserved.values())
+    torch.manual_seed(0)
+    task = ModelTask(
+        UnifiedModel(config, vocabulary), data, tokenizers, micro_batch_rows=4, generation_config={}, card="A toy."
+    )
+    settings = FitConfig(
+        name="toy",
+        steps=3,
+        rows_per_step=4,
+        optim=OptimConfig(lr=1e-3, ema_decay=None),
+        engine=EngineConfig(micro_batch_rows=4, precision="fp32"),
+        checkpoint=CheckpointConfig(every=3),
+    )
+    counts = [batch.counts for step in range(3) for batch in task.micro_batches(step, 0, 1)]
+    assert all(sum(count[modality] for count in counts) > 0 for modality in tokenizers)
+    open_run_folder(tmp_path / "run", settings)
+    model = omniform.load(fit(task, settings, tmp_path / "run"))
+    for seed in range(4):
+        reply = model.generate("one", to=["speech", "video", "image", "text"], seed=seed, max_new_tokens=8)
+        speech, video = reply.parts[0].data, reply.parts[1].data
+        assert 0 < len(speech) <= 8 * 1280
+        assert len(speech) % 1280 == 0
+        assert video.shape == (1, 9, 32, 32)
+        assert all(item.isfinite().all() and item.abs().max() <= 1 for item in (speech, video))
+        assert len(reply.images) == 1
