@@ -10,10 +10,10 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from omniform.data.handwritten_digits import altered, png_bytes, rows_by_digit
-from omniform.data.moving_digits import FPS, MOTIONS, Clip, draw_clip, pairs_of, plan_clips
+from omniform.data.moving_digits import FPS, Clip, draw_clip, pairs_of, plan_clips
 from omniform.data.schema import RawSample, RawSpan
 from omniform.data.spoken_digits import PHRASE_RATE, PITCHES, RATES, VOICES, Utterance, render_speech, wav_bytes
-from omniform.data.templates import CAPTIONS, SPOKEN, TEST_DOCUMENTS, TRAIN_DOCUMENTS, WORDS, render
+from omniform.data.templates import CAPTIONS, MOTIONS, SPOKEN, TEST_DOCUMENTS, TRAIN_DOCUMENTS, WORDS, render
 from omniform.kernels.keyed_noise import keyed_bits, keyed_permutation, stream
 from omniform.tokenizers.video_files import video_bytes
 
