@@ -35,6 +35,7 @@ MAX_FPS = 1000
 # Their time stamps are rounded to hundredths or thousandths of a second: without half a unit of slack, a video that is
 # sampled at its own rate would repeat some frames and lose others.
 _COARSE_CLOCKS = ("gif", "matroska,webm")
+_PLACES = np.array([2**16, 2**8, 1], np.uint32)  # of red, green and blue in one number
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
 
 
@@ -204,7 +205,8 @@ class _Shown:
 
 @contextmanager
 def _opened(source: bytes | Path, max_pixels: int) -> Iterator[tuple[InputContainer, VideoStream, VideoHeader]]:
-    bounds = {"max_pixels": str(max_pixels), "threads": "1"}
+    # FFmpeg counts the rows and columns that it adds for speed; the exact bound is checked below.
+    bounds = {"max_pixels": str(2 * max_pixels + 2**20), "threads": "1"}
     with open_container(source, "video", FORMATS, CODECS, VideoFileError, bounds) as container:
         pictured = [
             stream for stream in container.streams.video if not stream.disposition & stream.disposition.attached_pic
@@ -216,10 +218,11 @@ def _opened(source: bytes | Path, max_pixels: int) -> Iterator[tuple[InputContai
         if context is None or context.name not in CODECS:
             name = "an unknown codec" if context is None else context.name
             raise VideoFileError("codec that is not read", f"a video of {name}, expected one of {', '.join(CODECS)}")
-        if context.width * context.height > max_pixels:
+        if not 1 <= context.width * context.height <= max_pixels:  # FFmpeg leaves out sizes above its own bound
             raise VideoFileError(
-                "too many pixels",
-                f"a video has frames of {context.width} x {context.height} pixels, expected at most {max_pixels}",
+                "frame size out of range",
+                f"a video has frames of {context.width} x {context.height} pixels (0 x 0: too many to say), expected "
+                f"1 to {max_pixels} in all",
             )
         context.options = bounds
         context.thread_count = 1
@@ -325,7 +328,9 @@ def _write_webm(frames: UInt8[np.ndarray, "T H W C"], fps: Fraction, lossless: b
 def _write_gif(frames: UInt8[np.ndarray, "T H W C"], fps: Fraction, lossless: bool) -> bytes:
     times = [round(100 * place / fps) for place in range(len(frames) + 1)]
     indexed = [_palette_frame(_rgb(levels), lossless) for levels in frames]
-    return _encoded(indexed, times, Fraction(1, 100), "gif", "gif", {}, {"final_delay": str(times[-1] - times[-2])})
+    # Frames are kept whole: FFmpeg compares indices with the frame before, though their palettes may differ.
+    options, muxing = {"gifflags": "-offsetting-transdiff"}, {"final_delay": str(times[-1] - times[-2])}
+    return _encoded(indexed, times, Fraction(1, 100), "gif", "gif", options, muxing)
 
 
 _WRITERS = {"mp4": _write_mp4, "webm": _write_webm, "gif": _write_gif}
@@ -350,7 +355,8 @@ def _frame(levels: UInt8[np.ndarray, "H W C"], layout: str) -> VideoFrame:
 
 def _palette_frame(levels: UInt8[np.ndarray, "H W 3"], lossless: bool) -> VideoFrame:
     """Return a frame with a palette of its own: its colours, or the best 256 of more (median cut)."""
-    colours, places = np.unique(levels.reshape(-1, 3), axis=0, return_inverse=True)
+    packed, places = np.unique(levels.astype(np.uint32) @ _PLACES, return_inverse=True)
+    colours = (packed[:, None] // _PLACES).astype(np.uint8)
     if len(colours) > 256:
         if lossless:
             raise VideoFileError(
