@@ -1,4 +1,4 @@
-"""Reconstruction figures against scikit-image, and the evaluation of a tokenizer against sums by hand."""
+"""The evaluation of a tokenizer of each modality, of few weights that have learnt nothing, against sums by hand."""
 
 import json
 import math
@@ -7,59 +7,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from omniform.data.digits import build_digits
-from omniform.data.shards import ShardReader
+from omniform.data.schema import RawSample, RawSpan
+from omniform.data.shards import ShardReader, ShardWriter
 from omniform.errors import OmniformError
-from omniform.inference.tokenizer_evaluation import code_figures, evaluate_tokenizer, judged_figures, psnr, ssim
-from omniform.tokenizers.base import Discrete, Tokens
+from omniform.inference.reconstruction.judged import Answers
+from omniform.inference.tokenizer_evaluation import _chosen, evaluate_tokenizer
+from omniform.tokenizers.audio_files import read_audio
+from omniform.tokenizers.codecs.fsq import FSQConfig
+from omniform.tokenizers.codecs.residual import ResidualConfig
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from omniform.tokenizers.image_latents import ImagePatchesConfig, ImagePatchesTokenizer
+from omniform.tokenizers.speech import SpeechTokenizer, SpeechTokenizerConfig
 from omniform.tokenizers.text import SentencePieceTokenizer
+from omniform.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
+
+PIXELS = 32 * 32 * 9
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1, media=False)
-
-
-@given(seed=st.integers(0, 2**16), height=st.integers(11, 24), noise=st.floats(0.01, 2))
-def test_psnr_and_ssim_are_scikit_images(seed: int, height: int, noise: float) -> None:
-    random = np.random.default_rng(seed)
-    image = random.uniform(-1, 1, (height, 16))
-    other = (image + random.normal(scale=noise, size=image.shape)).clip(-1, 1)
-    reference = structural_similarity(
-        image, other, data_range=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
-    assert ssim(image, other) == pytest.approx(reference, abs=1e-9)
-    assert psnr(image, other) == pytest.approx(peak_signal_noise_ratio(image, other, data_range=2))
-    assert ssim(image, image) == pytest.approx(1)
-    assert psnr(image, image) == math.inf
-
-
-def test_an_image_smaller_than_the_window_is_refused() -> None:
-    with pytest.raises(OmniformError, match="at least 11 per side"):
-        ssim(np.zeros((10, 16)), np.zeros((10, 16)))
-
-
-@given(codes=st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=9), min_size=1, max_size=5))
-def test_code_figures_are_counts(codes: list[list[int]]) -> None:
-    figures = code_figures([Tokens(torch.tensor(entry), (len(entry),)) for entry in codes], Discrete(8))
-    every = [code for entry in codes for code in entry]
-    shares = [every.count(code) / len(every) for code in set(every)]
-    assert figures["code_use"] == len(set(every)) / 8
-    assert figures["perplexity"] == pytest.approx(math.prod(share**-share for share in shares))
-    assert figures["bits_per_item"] == pytest.approx(3 * len(every) / len(codes))
-
-
-def test_judged_figures_per_digit() -> None:
-    before, after, digits = np.array([1, 1, 2, 2]), np.array([1, 2, 2, 2]), np.array([1, 1, 2, 1])
-    figures = judged_figures(before, after, digits)
-    assert (figures["accuracy_before"], figures["accuracy_after"]) == (0.75, 0.5)
-    assert figures["ratio"] == pytest.approx(2 / 3)
-    assert figures["per_class"]["1"] == {"accuracy_before": 2 / 3, "accuracy_after": 1 / 3, "n": 3}
+    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1, limit=1)
 
 
 def test_evaluating_text_counts_exact_round_trips(world: Path, tmp_path: Path) -> None:
@@ -67,9 +36,11 @@ def test_evaluating_text_counts_exact_round_trips(world: Path, tmp_path: Path) -
     SentencePieceTokenizer.train(captions, vocab_size=300).save(tmp_path / "text")
     figures = evaluate_tokenizer(tmp_path / "text", world, out=tmp_path / "out")
     assert figures["exact"] == 1
-    assert figures["n"] == 252
+    assert (figures["n"], figures["folder"]) == (252, "test")
     assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == figures
-    with pytest.raises(OmniformError, match="nowhere"):
+    examples = json.loads((tmp_path / "out" / "examples.json").read_text())
+    assert all(example["before_text"] == example["after_text"] for example in examples)
+    with pytest.raises(OmniformError, match=r"nowhere-\* hold no text"):
         evaluate_tokenizer(tmp_path / "text", world, "nowhere")
 
 
@@ -83,7 +54,112 @@ def test_evaluating_images_judges_the_round_trip(world: Path, tmp_path: Path) ->
     decoded = tokenizer.decode_batch(tokenizer.encode_batch(items))
     errors = [float((a - b).square().mean()) for a, b in zip(items, decoded, strict=True)]
     assert figures["psnr_db"] == pytest.approx(np.mean([10 * math.log10(4 / error) for error in errors]), rel=1e-4)
+    assert figures["bits_per_pixel"] == pytest.approx(16 * math.log2(figures["codebook_size"]) / 256)
     assert figures["judge"]["accuracy_before"] > 0.95
     assert figures["judge"]["accuracy_after"] < 0.5  # random weights keep nothing
-    assert sum(entry["n"] for entry in figures["judge"]["per_class"].values()) == figures["n"] == 130
+    assert sum(entry["n"] for entry in figures["judge"]["per_class"].values()) == figures["n"] == len(items)
     assert (tmp_path / "out" / "reconstructions.png").stat().st_size > 0
+
+
+def test_patches_of_pixels_lose_nothing(world: Path, tmp_path: Path) -> None:
+    ImagePatchesTokenizer(ImagePatchesConfig(image_size=16, patch_size=4)).save(tmp_path / "patches")
+    figures = evaluate_tokenizer(tmp_path / "patches", world, "validation", out=tmp_path / "out")
+    assert (figures["channels"], figures["tokens_per_item"], figures["numbers_per_item"]) == (16, 16, 256)
+    assert figures["psnr_db"] is None or figures["psnr_db"] > 100
+    assert figures["judge"]["ratio"] == 1
+    assert "bits_per_pixel" not in figures
+    assert {"lost"}.isdisjoint(e["kind"] for e in json.loads((tmp_path / "out" / "examples.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def ten_words(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world of one validation word per digit."""
+    folder = tmp_path_factory.mktemp("words")
+    with ShardWriter(folder / "validation-speech") as writer:
+        for digit in range(10):
+            writer.write(next(s for s in ShardReader(world / "validation-speech") if s.metadata["digit"] == digit))
+    return folder
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_evaluating_speech(ten_words: Path, tmp_path: Path, depth: int) -> None:
+    quantizer = FSQConfig() if depth == 1 else ResidualConfig(depth=depth)
+    config = SpeechTokenizerConfig(width=8, n_blocks=0, quantizer=quantizer)
+    tokenizer = SpeechTokenizer(config, config.build())
+    tokenizer.save(tmp_path / "speech")
+    out = tmp_path / "out"
+    figures = evaluate_tokenizer(tmp_path / "speech", ten_words, "validation", out=out)
+    items = [tokenizer.read(sample.spans[1].payload or b"") for sample in ShardReader(ten_words / "validation-speech")]
+    frames = sum(-(-len(item) // config.frame_samples) for item in items)
+    seconds = sum(map(len, items)) / 16_000
+    assert (figures["folder"], figures["n"], figures["sample_rate"]) == ("validation-speech", len(items), 16_000)
+    assert figures["tokens_per_second"] == pytest.approx(depth * frames / seconds)
+    bits = depth * frames * math.log2(figures["codebook_size"]) / seconds
+    assert figures["bits_per_second"] == pytest.approx(bits)
+    assert len(figures.get("by_codebook", [0])) == depth
+    assert figures["log_mel_distance_db"] > 1
+    assert figures["encoding_times_real_time"] > 0
+    judge = figures["judge"]
+    assert judge["accuracy_before"] >= 0.8
+    assert judge["accuracy_after"] < 0.5
+    assert sum(entry["n"] for entry in judge["by_voice"].values()) == judge["n"] == len(items)
+    for example in json.loads((out / "examples.json").read_text()):
+        before = read_audio(out / "examples" / example["before"], 16_000)
+        assert torch.allclose(before, items[example["place"]], atol=2**-15)
+        assert len(read_audio(out / "examples" / example["after"], 16_000)) == len(before)
+        assert (out / "examples" / example["picture"]).read_bytes().startswith(b"\x89PNG")
+        assert example["voice"] in judge["by_voice"]
+
+
+def test_evaluating_video(world: Path, tmp_path: Path) -> None:
+    config = VideoTokenizerConfig(widths=(8, 8))
+    tokenizer = VideoTokenizer(config, config.build())
+    tokenizer.save(tmp_path / "video")
+    out = tmp_path / "out"
+    figures = evaluate_tokenizer(tmp_path / "video", world, "validation", out=out)
+    items = [tokenizer.read(sample.spans[1].payload or b"") for sample in ShardReader(world / "validation-video")]
+    decoded = tokenizer.decode_batch(tokenizer.encode_batch(items))
+    errors = [float((a - b).square().mean()) for a, b in zip(items, decoded, strict=True)]
+    moves = [float((a.diff(dim=1) - b.diff(dim=1)).square().mean()) for a, b in zip(items, decoded, strict=True)]
+    assert figures["psnr_db"] == pytest.approx(np.mean([10 * math.log10(4 / error) for error in errors]), rel=1e-4)
+    mean = np.mean([10 * math.log10(16 / move) for move in moves])
+    assert figures["psnr_differences_db"] == pytest.approx(mean, rel=1e-4)
+    n_tokens = math.prod(tokenizer.fixed_grid)
+    assert (figures["tokens_per_item"], figures["frames_per_item"]) == (n_tokens, 9)
+    assert figures["tokens_per_second"] == pytest.approx(n_tokens * 8 / 9)
+    assert figures["bits_per_pixel"] == pytest.approx(figures["bits_per_item"] / PIXELS)
+    for judge in ("judge", "motion_judge"):
+        assert figures[judge]["accuracy_before"] > 0.95
+        assert figures[judge]["accuracy_after"] < 0.5
+    assert set(figures["judge"]["by_motion"]) == set(figures["motion_judge"]["per_class"])
+    assert (out / "reconstructions.gif").read_bytes().startswith(b"GIF89a")
+    for example in json.loads((out / "examples.json").read_text()):
+        assert (out / "examples" / example["picture"]).read_bytes().startswith(b"GIF89a")
+
+
+def test_a_world_without_the_dedicated_folder_is_read_from_another(world: Path, tmp_path: Path) -> None:
+    """Of documents, which say no one digit: figures, but no judge."""
+    config = SpeechTokenizerConfig(width=8, n_blocks=0)
+    SpeechTokenizer(config, config.build()).save(tmp_path / "speech")
+    with ShardWriter(tmp_path / "world" / "test-talk") as writer:
+        for sample in ShardReader(world / "test-speech")[:3]:
+            payload = sample.spans[1].payload
+            writer.write(RawSample(sample.key, (RawSpan("speech", payload=payload, extension="wav"),), {}))
+    figures = evaluate_tokenizer(tmp_path / "speech", tmp_path / "world")
+    assert (figures["folder"], figures["n"]) == ("test-talk", 3)
+    assert "judge" not in figures
+
+
+def test_examples_are_of_every_class_and_the_extremes() -> None:
+    right = np.array([0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+    after = right.copy()
+    after[3] = 0
+    answers = {"judge": Answers(right, after, right)}
+    chosen = _chosen(np.array([5, 1, 5, 5, 9, 8, 7, 6, 0, 2, 3, 4.0]), answers)
+    assert chosen == [
+        ("as it came", 0),
+        ("as it came", 2),
+        ("lost", 3),
+        *(("worst", place) for place in (4, 5, 6, 7)),
+        *(("best", place) for place in (8, 1, 9, 10)),
+    ]

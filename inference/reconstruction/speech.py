@@ -1,0 +1,130 @@
+"""What comes back of speech."""
+
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+
+from omniform.errors import OmniformError
+from omniform.inference.reconstruction.base import Reconstruction, TrainPictures, mean_or_none
+from omniform.inference.reconstruction.codes import code_use
+from omniform.inference.reconstruction.judged import JUDGE, Answers
+from omniform.inference.reconstruction.sounds import (
+    log_mel_distance,
+    si_sdr,
+    spectral_convergence,
+    spectrogram_picture,
+)
+from omniform.inference.speech_judge import SAMPLE_RATE, SpeechJudge
+from omniform.tokenizers.audio_files import write_audio
+from omniform.tokenizers.base import Tokens
+
+_TIMED = 100  # items whose encoding is timed
+
+
+class SpeechReconstruction(Reconstruction):
+    """Speech of any lengths. What comes back is cut, or filled with silence, to the length of its item."""
+
+    groups = ("voice",)
+    distortion_name = "log_mel_distance_db"
+
+    @property
+    def rate(self) -> int:
+        """Samples per second (Hz)."""
+        tokenizer: Any = self.tokenizer
+        return int(tokenizer.config.sample_rate)
+
+    def figures(self) -> dict[str, Any]:
+        """Return rates per second, distances (means over items), and how fast encoding is.
+
+        SI-SDR, the distance of wave forms, says little of decoders that make up phases, such as those of spectra.
+        """
+        seconds = sum(map(len, self.before)) / self.rate
+        return {
+            "sample_rate": self.rate,
+            "seconds": seconds,
+            "tokens_per_second": self.rates["tokens_per_item"] * len(self.before) / seconds,
+            "bits_per_second": self.rates["bits_per_item"] * len(self.before) / seconds,
+            **self._by_codebook(),
+            "log_mel_distance_db": float(self.distortions().mean()),
+            "spectral_convergence": mean_or_none([spectral_convergence(a, b) for a, b in self._pairs]),
+            "si_sdr_db": mean_or_none([si_sdr(a, b) for a, b in self._pairs]),
+            "encoding_times_real_time": self._encoding_speed(),
+        }
+
+    def distortions(self) -> npt.NDArray[np.float64]:
+        """Return the log-mel distance of each item in dB."""
+        return self._distances
+
+    def answers(self, train_pictures: TrainPictures) -> dict[str, Answers]:
+        """Return the digits that the speech judge hears; the motion that a sample says too does not count.
+
+        Raises:
+            OmniformError: another sample rate than the judge's.
+        """
+        if self.rate != SAMPLE_RATE:
+            raise OmniformError(
+                f"this speech tokenizer has {self.rate} Hz, but the judge hears {SAMPLE_RATE}: choose that sample_rate"
+            )
+        judge = SpeechJudge()
+        after, before = (self._heard(judge, [pair[side] for pair in self._pairs]) for side in (0, 1))
+        return {JUDGE: Answers(before, after, self.digits)}
+
+    def write_example(self, place: int, stem: Path) -> dict[str, str]:
+        """Write both sounds as WAV files, and one picture of their spectra."""
+        after, before = self._pairs[place]
+        paths = {"before": f"{stem.name}-before.wav", "after": f"{stem.name}-after.wav", "picture": f"{stem.name}.png"}
+        for side, samples in (("before", before), ("after", after)):
+            write_audio(stem.with_name(paths[side]), torch.from_numpy(samples), self.rate)
+        spectrogram_picture([before, after], self.rate).save(stem.with_name(paths["picture"]))
+        return paths
+
+    @cached_property
+    def _pairs(self) -> list[tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]]:
+        """What came back, and the item."""
+        pairs = []
+        for item, decoded in zip(self.before, self.after, strict=True):
+            samples = decoded[: len(item)].clamp(-1, 1).numpy()
+            pairs.append((np.pad(samples, (0, len(item) - len(samples))), item.numpy()))
+        return pairs
+
+    @cached_property
+    def _distances(self) -> npt.NDArray[np.float64]:
+        return np.array([log_mel_distance(after, before, self.rate) for after, before in self._pairs])
+
+    def _heard(self, judge: SpeechJudge, sounds: Sequence[Float[np.ndarray, "N"]]) -> npt.NDArray[np.int64]:
+        """Return digits, heard with the grammar of what each sample says."""
+        answers = np.empty(len(sounds), dtype=np.int64)
+        phrase = np.array([entry.get("says") == "digit and motion" for entry in self.about])
+        for grammar, of in ((judge.predict, ~phrase), (lambda items: judge.predict_phrases(items)[0], phrase)):
+            answers[of] = grammar([torch.from_numpy(sounds[place]) for place in np.flatnonzero(of).tolist()])
+        return answers
+
+    def _by_codebook(self) -> dict[str, Any]:
+        """Return how each codebook is used, where frames have codes of several."""
+        codes = [entry.codes.view(entry.grid) for entry in self.tokens if isinstance(entry, Tokens)]
+        if codes[0].ndim == 1:
+            return {}
+        size = self.rates["codebook_size"]
+        return {"by_codebook": [code_use(column, size) for column in torch.cat(codes).unbind(1)]}
+
+    def _encoding_speed(self) -> float:
+        """Return seconds of sound over seconds of processor time, items encoded one at a time on one thread."""
+        timed = self.before[:_TIMED]
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self.tokenizer.encode(timed[0])
+            started = time.process_time()
+            for item in timed:
+                self.tokenizer.encode(item)
+            spent = time.process_time() - started
+        finally:
+            torch.set_num_threads(n_threads)
+        return sum(map(len, timed)) / self.rate / spent
