@@ -1,8 +1,10 @@
 """Look at data: counts and a contact sheet."""
 
 import collections
+import itertools
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,21 @@ from omniform.data.sealed import unseal
 from omniform.data.shards import ShardReader
 from omniform.data.tally import Tally
 from omniform.data.verify import MANIFEST
-from omniform.tokenizers.image_files import ImageFileError, read_header, read_picture
+from omniform.tokenizers.audio_files import read_audio, read_audio_header
+from omniform.tokenizers.base import TokenizerError
+from omniform.tokenizers.image_files import read_header, read_picture
+from omniform.tokenizers.video_files import read_video, read_video_header
 
-_TILE, _CAPTION_LINES, _LINE, _MARGIN = 128, 3, 14, 8
+_TILE, _STRIP, _GAP, _CAPTION_LINES, _LINE, _MARGIN = 128, 42, 2, 3, 14, 8
+_MAX_FRAMES = 10_000
 
 
 def info(folder: Path, index_dir: Path | None = None) -> dict[str, Any]:
     """Return what the data is and holds, as JSON values: recipe and sources if known, and per split the number of
     shards, samples and bytes, the spans by modality, samples with an image and no text, characters of text, sizes of
-    images, and counts per digit label; and by reason how many samples or images cannot be read, and the first ones'
-    keys. Only the headers of images are read: `verify` decodes them.
+    images, seconds and rates of speech, frames, seconds and sizes of videos, as far as their files state them, and
+    counts per digit label; and by reason how many samples or files cannot be read, and the first ones' keys. Only the
+    headers of files are read: `verify` decodes them.
 
     Raises:
         DataError: no shards, or shards without an index.
@@ -36,8 +43,8 @@ def info(folder: Path, index_dir: Path | None = None) -> dict[str, Any]:
 
 
 def preview(folder: Path, out: Path, n: int = 16, index_dir: Path | None = None) -> Path:
-    """Draw a contact sheet, `n` samples of each split evenly spread over it, each over its captions; an image that
-    cannot be read is a red cross.
+    """Draw a contact sheet, `n` samples of each split evenly spread over it, each over its captions: images, waveforms
+    of speech, and the first, middle and last frame of videos; a file that cannot be read is a red cross.
 
     Args:
         out: the PNG file to write.
@@ -79,15 +86,15 @@ def _splits(folder: Path, index_dir: Path | None) -> Iterator[tuple[str, ShardRe
 
 def _summary(reader: ShardReader) -> dict[str, Any]:
     spans: collections.Counter[str] = collections.Counter()
-    sizes: collections.Counter[str] = collections.Counter()
     digits: collections.Counter[str] = collections.Counter()
+    media = _Media()
     unreadable = Tally()
     n_characters = n_uncaptioned = 0
     for place in range(len(reader)):
         try:
             sample = reader[place]
-            sizes.update(_sizes(sample))
-        except (SampleError, ImageFileError) as error:
+            media.add(sample)
+        except (SampleError, TokenizerError) as error:
             unreadable.add(error.reason, reader.describe(place))
             continue
         modalities = [span.modality for span in sample.spans]
@@ -106,48 +113,131 @@ def _summary(reader: ShardReader) -> dict[str, Any]:
     }
     if unreadable:
         summary["unreadable"] = unreadable.to_json()
-    if sizes:
-        summary["image_sizes"] = dict(sizes.most_common(10))
+    summary.update(media.to_json())
     if digits:
         summary["digits"] = dict(sorted(digits.items()))
     return summary
 
 
-def _sizes(sample: RawSample) -> list[str]:
-    headers = [read_header(payload) for payload in _image_payloads(sample)]
-    return [f"{header.width}x{header.height}" for header in headers]
+@dataclass
+class _Media:
+    """What the headers of images, sounds and videos state, added up."""
+
+    image_sizes: collections.Counter[str] = field(default_factory=collections.Counter)
+    speech_rates: collections.Counter[str] = field(default_factory=collections.Counter)
+    speech_seconds: float = 0.0
+    video_sizes: collections.Counter[str] = field(default_factory=collections.Counter)
+    video_frames: int = 0
+    video_seconds: float = 0.0
+
+    def add(self, sample: RawSample) -> None:
+        """Count a sample's files: all of them, or none if one cannot be read."""
+        images = [read_header(payload) for payload in _payloads(sample, "image")]
+        sounds = [read_audio_header(payload) for payload in _payloads(sample, "speech")]
+        videos = [read_video_header(payload) for payload in _payloads(sample, "video")]
+        self.image_sizes.update(f"{header.width}x{header.height}" for header in images)
+        self.speech_rates.update(f"{header.rate} Hz" for header in sounds)
+        self.speech_seconds += sum(header.seconds or 0 for header in sounds)
+        self.video_sizes.update(f"{header.width}x{header.height}" for header in videos)
+        self.video_frames += sum(header.n_frames or 0 for header in videos)
+        self.video_seconds += sum(header.seconds or 0 for header in videos)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what there is, the most frequent sizes and rates of many."""
+        found: dict[str, Any] = {}
+        if self.image_sizes:
+            found["image_sizes"] = dict(self.image_sizes.most_common(10))
+        if self.speech_rates:
+            found["speech_rates"] = dict(self.speech_rates.most_common(10))
+            found["speech_seconds"] = round(self.speech_seconds, 3)
+        if self.video_sizes:
+            found["video_sizes"] = dict(self.video_sizes.most_common(10))
+            found["video_frames"] = self.video_frames
+            found["video_seconds"] = round(self.video_seconds, 3)
+        return found
 
 
-def _image_payloads(sample: RawSample) -> list[bytes]:
-    return [span.payload for span in sample.spans if span.modality == "image" and span.payload is not None]
+def _payloads(sample: RawSample, modality: str) -> list[bytes]:
+    return [span.payload for span in sample.spans if span.modality == modality and span.payload is not None]
 
 
 def _cell_height(samples: Sequence[RawSample]) -> int:
-    return (_TILE if any(map(_image_payloads, samples)) else 0) + _CAPTION_LINES * _LINE + _MARGIN
+    n_strips = max((len(_payloads(s, "speech")) + len(_payloads(s, "video")) for s in samples), default=0)
+    pictures = _TILE if any(_payloads(sample, "image") for sample in samples) else 0
+    return pictures + n_strips * (_STRIP + _GAP) + _CAPTION_LINES * _LINE + _MARGIN
 
 
 def _draw_sample(
     sheet: Image.Image, draw: ImageDraw.ImageDraw, sample: RawSample, corner: tuple[int, int], height: int
 ) -> None:
     left, top = corner
-    images = _image_payloads(sample)
-    others = [f"[{span.modality}]" for span in sample.spans if span.payload is not None and span.modality != "image"]
+    images = _payloads(sample, "image")
+    y = top
     for place, payload in enumerate(images):
         side = _TILE // len(images)
-        try:
-            image = read_picture(payload, "RGB")
-        except ImageFileError:
-            box = (left + place * side, top, left + (place + 1) * side - 1, top + side - 1)
-            draw.line((*box[:2], *box[2:]), fill="red")
-            draw.line((box[0], box[3], box[2], box[1]), fill="red")
-            continue
-        scale = side / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        smooth = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-        sheet.paste(image.resize(size, smooth), (left + place * side, top))
+        _draw_file(sheet, draw, _thumbnail, payload, (left + place * side, y, side, side))
+    y += _TILE if images else 0
+    for modality, strip in (("video", _film), ("speech", _waveform)):
+        for payload in _payloads(sample, modality):
+            _draw_file(sheet, draw, strip, payload, (left, y, _TILE, _STRIP))
+            y += _STRIP + _GAP
+    files = [span.modality for span in sample.spans if span.payload is not None]
+    others = [f"[{modality}]" for modality in files if modality not in ("image", "speech", "video")]
     captions = [*others, *(span.text for span in sample.spans if span.text is not None)]
-    y = top + _TILE if images else top
     for line in textwrap.wrap(" | ".join(captions), 20, max_lines=_CAPTION_LINES, placeholder=" ..."):
         draw.text((left, y), line, fill="black")
         y += _LINE
     draw.rectangle((left - 2, top - 2, left + _TILE + 1, top + height), outline="lightgrey")
+
+
+def _draw_file(
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    picture: Callable[[bytes, tuple[int, int]], Image.Image],
+    payload: bytes,
+    box: tuple[int, int, int, int],
+) -> None:
+    """Draw what `picture` makes of a file within `box` (left, top, width, height), or a red cross."""
+    left, top, width, height = box
+    try:
+        sheet.paste(picture(payload, (width, height)), (left, top))
+    except TokenizerError:
+        right, bottom = left + width - 1, top + height - 1
+        draw.line((left, top, right, bottom), fill="red")
+        draw.line((left, bottom, right, top), fill="red")
+
+
+def _thumbnail(payload: bytes, size: tuple[int, int]) -> Image.Image:
+    return _within(read_picture(payload, "RGB"), size)
+
+
+def _within(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize a picture to the largest of its proportions that `size` holds."""
+    scale = min(size[0] / picture.width, size[1] / picture.height)
+    smooth = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), smooth)
+
+
+def _film(payload: bytes, size: tuple[int, int]) -> Image.Image:
+    """Return the first, middle and last frame side by side."""
+    width = (size[0] - 2 * _GAP) // 3
+    frames = read_video(
+        payload, fps=None, max_frames=_MAX_FRAMES, fit=lambda picture: _within(picture, (width, size[1]))
+    ).frames
+    strip = Image.new("RGB", size, "white")
+    for place, frame in enumerate((frames[0], frames[len(frames) // 2], frames[-1])):
+        strip.paste(Image.fromarray(frame), (place * (width + _GAP), 0))
+    return strip
+
+
+def _waveform(payload: bytes, size: tuple[int, int]) -> Image.Image:
+    """Return the range of levels in each column of pixels, from full scale at the top to the bottom."""
+    samples = read_audio(payload, read_audio_header(payload).rate).numpy()
+    strip = Image.new("RGB", size, "whitesmoke")
+    draw = ImageDraw.Draw(strip)
+    edges = np.linspace(0, len(samples), size[0] + 1).astype(int)
+    for column, (start, stop) in enumerate(itertools.pairwise(edges)):
+        shown = samples[start : max(stop, start + 1)]
+        top, bottom = ((1 - float(level)) / 2 * (size[1] - 1) for level in (shown.max(), shown.min()))
+        draw.line((column, round(top), column, round(bottom)), fill="steelblue")
+    return strip

@@ -12,10 +12,13 @@ from omniform.data.schema import DataError, SampleError
 from omniform.data.sealed import seal, unseal, write_atomically
 from omniform.data.shards import read_sample
 from omniform.modeling.folder import file_digest
+from omniform.tokenizers.audio_files import read_audio, read_audio_header
 from omniform.tokenizers.base import TokenizerError
 from omniform.tokenizers.image_files import read_picture
+from omniform.tokenizers.video_files import read_video
 
 MANIFEST = "manifest.json"
+_MAX_FRAMES = 10**6
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Report:
 
 
 def verify(folder: Path, index_dir: Path | None = None) -> Report:
-    """Check every shard, index and manifest under `folder`, and that every sample can be read and its images decoded.
+    """Check every shard, index and manifest under `folder`, and that every sample can be read and its images, sounds
+    and videos decoded.
 
     Any changed bit is found: the manifest and each index carry their own digest, and hold those of everything else.
 
@@ -144,11 +148,20 @@ def _sample_problem(index: ShardIndex, record: SampleRecord) -> str | None:
     try:
         sample = read_sample(index, record)
         for span in sample.spans:
-            if span.modality == "image" and span.payload is not None:
-                read_picture(span.payload, "RGB")
+            if span.payload is not None:
+                _decode(span.modality, span.payload)
     except (SampleError, TokenizerError) as error:
         return str(error).removeprefix(f"sample {record.key}").lstrip(": ")
     return None
+
+
+def _decode(modality: str, payload: bytes) -> None:
+    if modality == "image":
+        read_picture(payload, "RGB")
+    elif modality == "speech":
+        read_audio(payload, read_audio_header(payload).rate)
+    elif modality == "video":
+        read_video(payload, fps=None, max_frames=_MAX_FRAMES, fit=lambda picture: picture.resize((1, 1)))
 
 
 def _first_difference(shard: Path, stored: Path) -> str | None:

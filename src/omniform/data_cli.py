@@ -58,7 +58,7 @@ def data_preview(
     n: Annotated[int, typer.Option(min=1, help="Samples of each split.")] = 16,
     index_dir: IndexDir = None,
 ) -> None:
-    """Draw a contact sheet of pictures and captions."""
+    """Draw a contact sheet: pictures, waveforms, frames of videos, and captions."""
     from omniform.data.inspect import preview
 
     print(preview(folder, out, n, index_dir))
