@@ -117,6 +117,8 @@ def _is_cut_short(file: BinaryIO) -> bool:
         return 8 + int.from_bytes(head[4:8], "little") > n_bytes
     if head.startswith(b"\x1a\x45\xdf\xa3"):
         return _matroska_end(file) > n_bytes
+    if head[4:8] == b"ftyp":
+        return _mp4_end(file, n_bytes) > n_bytes
     return head.startswith(b"GIF") and _gif_end(file) > n_bytes
 
 
@@ -130,6 +132,21 @@ def _wav_end(file: BinaryIO, n_bytes: int) -> int:
             return place + 8 + size if size < _UNKNOWN_SIZE else 0
         place += 8 + size + size % 2
     return 0
+
+
+def _mp4_end(file: BinaryIO, n_bytes: int) -> int:
+    """Return where the last box of an MP4 should end, 0 where it does not say."""
+    place = 0
+    while place + 8 <= n_bytes:
+        file.seek(place)
+        size = int.from_bytes(file.read(4))
+        if size == 1:
+            file.seek(4, io.SEEK_CUR)
+            size = int.from_bytes(file.read(8))
+        if size < 8:
+            return 0  # up to the end, or damaged: FFmpeg judges
+        place += size
+    return place
 
 
 def _matroska_end(file: BinaryIO) -> int:

@@ -43,10 +43,7 @@ def shards(tmp_path: Path) -> Path:
 
 def test_info_adds_up_what_headers_state(shards: Path, tmp_path: Path) -> None:
     split = info(shards)["splits"]["data"]
-    assert {reason: entry["count"] for reason, entry in split["unreadable"].items()} == {
-        "cut short": 1,
-        "damaged file": 1,
-    }
+    assert split["unreadable"]["cut short"]["count"] == 2
     assert split["spans"] == {"speech": 1, "text": 1, "video": 1}
     assert (split["speech_rates"], split["speech_seconds"]) == ({"16000 Hz": 1}, 0.5)
     assert (split["video_sizes"], split["video_frames"], split["video_seconds"]) == ({"20x20": 1}, 7, 0.7)
