@@ -269,12 +269,23 @@ def tokenizer_eval(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Tokenizer folder.")],
     data: Annotated[Path, typer.Option(help="World that holds the held-out data.")] = Path("runs/demo/data"),
     split: Annotated[Literal["validation", "test"], typer.Option(help="Held-out items to encode.")] = "test",
-    out: Annotated[Path | None, typer.Option(help="Folder for figures and before/after pictures.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for figures, items before and after, and report.html.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Measure rate and reconstruction: PSNR, SSIM, code use and the judge's accuracy after the round trip."""
+    """Encode and decode held-out items: rates, distortion, code use, and judges' accuracy after the round trip."""
     from omniform.inference.tokenizer_evaluation import evaluate_tokenizer
+    from omniform.tokenizer_report import figures_as_text, write_tokenizer_report
 
-    print_json(evaluate_tokenizer(folder, data, split=split, out=out))
+    figures = evaluate_tokenizer(folder, data, split=split, out=out)
+    report = None if out is None else write_tokenizer_report(out)
+    if as_json:
+        print_json(figures)
+    else:
+        print(harmless(figures_as_text(figures)))
+        if report is not None:
+            print(f"report: {report}")
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """The demo's report: one HTML file that needs nothing else, and the figures as plain text."""
 
-import base64
 import html
 import json
 import math
@@ -8,47 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omniform.page import data_url, interval, page, percent, table, text_columns, tiles
+from omniform.tokenizer_report import tokenizer_section
+
 REPORT = "report.html"
 _N_PER_DIGIT = 2
 _LONGEST_TEXT = 80
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --quiet: #5c6570; --paper: #ffffff; --panel: #f4f6f8;
-  --line: #dde2e7; --accent: #2563c9; --right: #1a7f45; --wrong: #c2372b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --quiet: #9aa4af; --paper: #14171b; --panel: #1d2126;
-  --line: #333a42; --accent: #74a7f7; --right: #53c283; --wrong: #f08379; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.9rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
-p, .note { max-width: 46rem; } .note { color: var(--quiet); font-size: .92rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
-.tile { background: var(--panel); border-radius: .6rem; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.5rem; line-height: 1.3; white-space: nowrap; }
-.tile span { color: var(--quiet); font-size: .88rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--quiet); font-weight: 600; font-size: .88rem; } th:first-child, td:first-child { text-align: left; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.8rem, 1fr)); gap: .6rem; margin: .5rem 0; }
-figure { margin: 0; padding: .5rem; background: var(--panel); border-radius: .5rem;
-  border-left: 4px solid var(--right); }
-figure.wrong { border-left-color: var(--wrong); }
-figure img { width: 64px; height: 64px; image-rendering: pixelated; display: block; border-radius: .25rem; }
-figcaption { font-size: .82rem; line-height: 1.35; margin-top: .35rem; overflow-wrap: anywhere; }
-figcaption em { font-style: normal; font-weight: 600; color: var(--right); } .wrong em { color: var(--wrong); }
-.documents { display: grid; gap: .5rem; margin: .5rem 0; }
-.turns { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem; } .turns span { font-size: .88rem; }
-.wide { max-width: 100%; image-rendering: pixelated; border-radius: .4rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem; }
-svg { width: 100%; height: auto; background: var(--panel); border-radius: .5rem; }
-svg path { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }
-svg line { stroke: var(--line); } svg text { fill: var(--quiet); font: 11px system-ui, sans-serif; }
-svg .title { fill: var(--ink); font-weight: 600; font-size: 12.5px; }
-pre { background: var(--panel); padding: .8rem 1rem; border-radius: .5rem; overflow-x: auto; font-size: .88rem; }
-details summary { cursor: pointer; color: var(--accent); }
-"""
 
 
 def write_report(folder: Path, commands: Sequence[str], note: str = "") -> Path:
@@ -73,13 +37,8 @@ def write_report(folder: Path, commands: Sequence[str], note: str = "") -> Path:
         _stages(stages),
         f"<h2>How to repeat it</h2><pre>{html.escape(chr(10).join(commands))}</pre>",
     ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Omniform demo report</title><style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
-    )
     path = folder / REPORT
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page("Omniform demo report", sections), encoding="utf-8")
     return path
 
 
@@ -87,40 +46,36 @@ def cells_as_text(metrics: Mapping[str, Any]) -> str:
     """Return the cells of metrics.json as a table for a terminal."""
     rows = [("cell", "accuracy", "95% interval", "n", "chance", "ceiling", "of ceiling", "copies (real held-out)")]
     rows += [(name, *_figures(cell)) for name, cell in metrics["cells"].items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)) for row in rows]
+    lines = text_columns(rows)
     for kind, figures in metrics.get("documents", {}).items():
-        told = ", ".join(f"{name} {_percent(figure['accuracy'])}" for name, figure in figures.items())
+        told = ", ".join(f"{name} {percent(figure['accuracy'])}" for name, figure in figures.items())
         lines.append(f"documents, {kind}: {told} of {next(iter(figures.values()))['n']}")
     return "\n".join(lines)
 
 
 def _figures(cell: Mapping[str, Any]) -> tuple[str, ...]:
-    low, high = cell["ci95"]
     copies = "-"
     if cell["copy_rate"] is not None:
-        copies = f"{_percent(cell['copy_rate'])} ({_percent(cell['copy_rate_held_out'])})"
-    ratio = _percent(cell["accuracy"] / cell["ceiling"]) if cell["ceiling"] else "-"
-    interval = f"{_percent(low)} - {_percent(high)}"
-    figures = (_percent(cell["accuracy"]), interval, str(cell["n"]), _percent(cell["chance"]))
-    return (*figures, _percent(cell["ceiling"]), ratio, copies)
+        copies = f"{percent(cell['copy_rate'])} ({percent(cell['copy_rate_held_out'])})"
+    ratio = percent(cell["accuracy"] / cell["ceiling"]) if cell["ceiling"] else "-"
+    figures = (percent(cell["accuracy"]), interval(cell["ci95"]), str(cell["n"]), percent(cell["chance"]))
+    return (*figures, percent(cell["ceiling"]), ratio, copies)
 
 
 def _headline(metrics: Mapping[str, Any], stages: Mapping[str, Any], note: str) -> str:
     cells = metrics["cells"]
-    tiles = [
-        (_percent(cell["accuracy"]), f"{_arrow(name)}<br>ceiling {_percent(cell['ceiling'])}")
+    entries = [
+        (percent(cell["accuracy"]), f"{_arrow(name)}<br>ceiling {percent(cell['ceiling'])}")
         for name, cell in cells.items()
     ]
-    tiles.append((_duration(sum(stage["seconds"] for stage in stages.values())), "from nothing to<br>this report"))
-    tiles.append((f"{max(stage['peak_mib'] for stage in stages.values()) / 1024:.1f} GiB", "peak memory"))
-    shown = "".join(f"<div class=tile><b>{value}</b><span>{label}</span></div>" for value, label in tiles)
+    entries.append((_duration(sum(stage["seconds"] for stage in stages.values())), "from nothing to<br>this report"))
+    entries.append((f"{max(stage['peak_mib'] for stage in stages.values()) / 1024:.1f} GiB", "peak memory"))
     return (
         "<header><h1>One small transformer, trained here</h1><p>It learnt from scratch, on this machine, to draw "
         "handwritten digits from captions and to caption drawings. Everything below was measured on the "
         f"{html.escape(metrics['split'])} split: wordings, and blocks of drawings (a proxy for writers), that it never "
         "saw.</p>"
-        f'{f"<p><strong>{html.escape(note)}</strong></p>" if note else ""}<div class="tiles">{shown}</div></header>'
+        f"{f'<p><strong>{html.escape(note)}</strong></p>' if note else ''}{tiles(entries)}</header>"
     )
 
 
@@ -128,7 +83,7 @@ def _drawn(picture: Path) -> str:
     if not picture.exists():
         return ""
     return (
-        f'<p><img class="wide" src="{_data_url(picture)}" alt="digits that the model drew"></p>'
+        f'<p><img class="wide" src="{data_url(picture)}" alt="digits that the model drew"></p>'
         '<p class="note">From zero to nine, each drawn from a caption in words that training never put together so.</p>'
     )
 
@@ -138,18 +93,18 @@ def _cells(metrics: Mapping[str, Any]) -> str:
     head = ("", "accuracy", "95% interval", "n", "chance", "ceiling", "of ceiling", "copies (real held-out)")
     digits = sorted({digit for cell in cells.values() for digit in cell["per_class"]})
     by_digit = [
-        (_arrow(name), *(_percent(own[d]["accuracy"], 0) if d in own else "-" for d in digits))
+        (_arrow(name), *(percent(own[d]["accuracy"], 0) if d in own else "-" for d in digits))
         for name, own in ((name, cell["per_class"]) for name, cell in cells.items())
     ]
     return (
         "<h2>How well</h2>"
-        + _table(head, [(_arrow(name), *_figures(cell)) for name, cell in cells.items()])
+        + table(head, [(_arrow(name), *_figures(cell)) for name, cell in cells.items()])
         + '<p class="note">The judge is a classifier fitted on the training drawings only. The ceiling is its own '
         "accuracy on real held-out drawings; drawings that are easier to read can lie above it. A copy is a generated "
         "drawing nearer to one that training showed, altered ones too, than 95% of original training drawings are to "
         "one another; beside it stands how often that is so for real held-out ones.</p>"
         + "<h3>By digit</h3>"
-        + _table(("", *digits), by_digit)
+        + table(("", *digits), by_digit)
     )
 
 
@@ -190,14 +145,14 @@ def _documents(metrics: Mapping[str, Any], path: Path) -> str:
     rows = []
     for kind, figures in metrics["documents"].items():
         for name, figure in figures.items():
-            low, high = figure["ci95"]
-            others = ("-" if figure[key] is None else _percent(figure[key]) for key in ("chance", "ceiling"))
-            interval = f"{_percent(low)} - {_percent(high)}"
-            rows.append((f"{kind}: {name}", _percent(figure["accuracy"]), interval, str(figure["n"]), *others))
+            others = ("-" if figure[key] is None else percent(figure[key]) for key in ("chance", "ceiling"))
+            rows.append(
+                (f"{kind}: {name}", percent(figure["accuracy"]), interval(figure["ci95"]), str(figure["n"]), *others)
+            )
     shown = "".join(map(_document, _read_json(path)))
     return (
         "<h2>Documents of texts and pictures</h2>"
-        + _table(("", "accuracy", "95% interval", "n", "chance", "ceiling"), rows)
+        + table(("", "accuracy", "95% interval", "n", "chance", "ceiling"), rows)
         + '<p class="note">counting: given a text and a picture, is the next digit named, is it drawn, do both agree? '
         "naming: given a text that names no digit, is the real picture after it read, and does the model's text name "
         "what it has drawn there itself, with no digit asked for? (That drawing is often no digit: the drawing fails, "
@@ -235,27 +190,9 @@ def _sides(entry: Mapping[str, Any]) -> tuple[Mapping[str, str], Mapping[str, st
 
 
 def _tokenizers(folder: Path) -> str:
-    parts = []
-    for figures in sorted(folder.glob("tokenizers/*/evaluation/tokenizer.json")):
-        rows = [(label, _number(value)) for label, value in _flat(_read_json(figures))]
-        pictures = "".join(
-            f'<p><img class="wide" src="{_data_url(picture)}" alt="{html.escape(picture.stem)}"></p>'
-            for picture in sorted(figures.parent.glob("*.png"))
-        )
-        note = '<p class="note">Held-out originals, and what their codes give back.</p>' if pictures else ""
-        parts.append(
-            f"<h3>{html.escape(figures.parent.parent.name)}</h3>{_table(('figure', ''), rows)}{note}{pictures}"
-        )
-    return f"<h2>Tokenizers</h2>{''.join(parts)}" if parts else ""
-
-
-def _flat(figures: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float | str]]:
-    for key, value in figures.items():
-        label = html.escape(f"{prefix}{key.replace('_', ' ')}")
-        if isinstance(value, int | float | str):
-            yield label, value
-        elif isinstance(value, Mapping) and key != "per_class":
-            yield from _flat(value, f"{label}: ")
+    evaluations = sorted(figures.parent for figures in folder.glob("tokenizers/*/evaluation/tokenizer.json"))
+    sections = [f"<h3>{html.escape(path.parent.name)}</h3>{tokenizer_section(path)}" for path in evaluations]
+    return f"<h2>Tokenizers</h2>{''.join(sections)}" if sections else ""
 
 
 def _curves(folder: Path) -> str:
@@ -282,7 +219,7 @@ def _curves(folder: Path) -> str:
         parts.append('<h3>What the model drew on the way</h3><p class="note">The same prompts and noise each time.</p>')
     for picture in pictures:
         step = html.escape(picture.parent.name.replace("-", " "))
-        parts.append(f'<p>{step}<br><img class="wide" src="{_data_url(picture)}" alt="samples at {step}"></p>')
+        parts.append(f'<p>{step}<br><img class="wide" src="{data_url(picture)}" alt="samples at {step}"></p>')
     return "".join(parts)
 
 
@@ -291,7 +228,7 @@ def _stages(stages: Mapping[str, Any]) -> str:
         (html.escape(name), _duration(stage["seconds"]), f"{stage['peak_mib']:,.0f} MiB")
         for name, stage in stages.items()
     ]
-    return f"<h2>Time and memory</h2>{_table(('stage', 'time', 'peak memory so far'), rows)}"
+    return f"<h2>Time and memory</h2>{table(('stage', 'time', 'peak memory so far'), rows)}"
 
 
 def line_chart(points: Sequence[tuple[float, float]], title: str) -> str:
@@ -337,31 +274,13 @@ def round_ticks(low: float, high: float) -> list[float]:
     return [round(k * step, 10) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{entry}</th>" for entry in head)
-    body = "".join(f"<tr>{''.join(f'<td>{entry}</td>' for entry in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _arrow(cell: str) -> str:
     return html.escape(cell).replace("-&gt;", " &rarr; ")
-
-
-def _percent(value: float, decimals: int = 1) -> str:
-    return f"{100 * value:.{decimals}f}%"
 
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _number(value: float | int | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
-
-
-def _data_url(picture: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def _read_json(path: Path) -> Any:

@@ -1,0 +1,163 @@
+"""The report on one tokenizer: its figures as text, and as a page with what went in beside what came back."""
+
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omniform.page import data_url, interval, number, page, percent, table, text_columns, tiles
+
+REPORT = "report.html"
+_WORDS = {
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "si": "SI",
+    "sdr": "SDR",
+    "db": "dB",
+    "fps": "frames per second",
+    "ci95": "95%",
+}
+_KINDS = {
+    "as it came": "As they came: the first of each class",
+    "lost": "Lost: the judge knew the original, and not what came back",
+    "worst": "Worst by distortion",
+    "best": "Best by distortion",
+}
+_SIDES = ("before", "after")
+_IN_TITLE = ("modality", "kind", "folder", "n")
+
+
+def write_tokenizer_report(folder: Path) -> Path:
+    """Write report.html beside what an evaluation wrote into `folder`, and return its path."""
+    figures = _figures(folder)
+    title = _title(figures)
+    lead = (
+        f"<header><h1>{html.escape(title)}</h1><p>{figures['n']} held-out items of {html.escape(figures['folder'])}, "
+        f"encoded and decoded.</p>{tiles(_tiles(figures))}</header>"
+    )
+    path = folder / REPORT
+    path.write_text(page(title, [lead, tokenizer_section(folder)]), encoding="utf-8")
+    return path
+
+
+def tokenizer_section(folder: Path) -> str:
+    """Return in HTML what an evaluation wrote into `folder`: figures, the judge's word, and items before and after."""
+    figures = _figures(folder)
+    parts = [table(("figure", ""), [_escaped((label, number(value))) for label, value in _plain(figures)])]
+    for name, judge in _judges(figures):
+        parts.append(f"<h4>{html.escape(_label(name))}</h4><p>{_verdict(judge)}</p>")
+        parts += [table((html.escape(group), *_SIDES, "n"), map(_escaped, rows)) for group, rows in _tables(judge)]
+        if told := _confusions(judge):
+            parts.append(f'<p class="note">Most often wrong after the round trip: {html.escape(told)}.</p>')
+    for picture in sorted((*folder.glob("*.png"), *folder.glob("*.gif"))):
+        parts.append(
+            '<p class="note">Held-out originals, and what their codes give back.</p>'
+            f'<p><img class="wide" src="{data_url(picture)}" alt="{html.escape(picture.stem)}"></p>'
+        )
+    return "".join(parts) + _examples(folder)
+
+
+def figures_as_text(figures: Mapping[str, Any]) -> str:
+    """Return the content of tokenizer.json as tables for a terminal."""
+    lines = [f"{_title(figures)}: {figures['n']} items of {figures['folder']}", ""]
+    lines += text_columns([(label, number(value)) for label, value in _plain(figures)])
+    for name, judge in _judges(figures):
+        rows = [(f"{group} {first}", *rest) for group, rows in _tables(judge) for first, *rest in rows]
+        lines += ["", f"{_label(name)}: {_verdict(judge)}", *text_columns([("", *_SIDES, "n"), *rows])]
+        if told := _confusions(judge):
+            lines.append(f"most often wrong: {told}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+
+
+def _title(figures: Mapping[str, Any]) -> str:
+    return f"Tokenizer of {figures['modality']} ({figures['kind']})"
+
+
+def _label(key: str) -> str:
+    return " ".join(_WORDS.get(word, word) for word in key.split("_"))
+
+
+def _plain(figures: Mapping[str, Any]) -> Iterable[tuple[str, float | str]]:
+    """Yield the figures that are one number or word each, and those of each codebook."""
+    for key, value in figures.items():
+        if isinstance(value, int | float | str) and key not in _IN_TITLE:
+            yield _label(key), value
+    for place, book in enumerate(figures.get("by_codebook", ())):
+        yield from ((f"codebook {place}: {_label(key)}", value) for key, value in book.items())
+
+
+def _judges(figures: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(key, value) for key, value in figures.items() if isinstance(value, Mapping) and "per_class" in value]
+
+
+def _verdict(judge: Mapping[str, Any]) -> str:
+    before, after = (f"{percent(judge[f'accuracy_{side}'])} ({interval(judge[f'ci95_{side}'])})" for side in _SIDES)
+    return f"right on {before} of {judge['n']} originals and on {after} of what came back: {percent(judge['ratio'])}"
+
+
+def _tables(judge: Mapping[str, Any]) -> Iterable[tuple[str, list[tuple[str, ...]]]]:
+    """Yield ("class", rows), and the same of each group that there is."""
+    for key, entries in judge.items():
+        if key == "per_class" or key.startswith("by_"):
+            rows = [
+                (name, *(percent(own[f"accuracy_{side}"]) for side in _SIDES), str(own["n"]))
+                for name, own in entries.items()
+            ]
+            yield "class" if key == "per_class" else key.removeprefix("by_"), rows
+
+
+def _confusions(judge: Mapping[str, Any]) -> str:
+    return ", ".join(f"{entry['right']} as {entry['judged']} ({entry['n']})" for entry in judge["confusions"])
+
+
+def _escaped(row: Sequence[str]) -> list[str]:
+    return [html.escape(entry) for entry in row]
+
+
+def _tiles(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    wanted = ("tokens_per_second", "tokens_per_item", "bits_per_second", "bits_per_item", "channels")
+    rates = [(number(figures[key]), _label(key)) for key in wanted if key in figures][:2]
+    judged = [
+        (percent(judge["accuracy_after"]), f"{_label(name)}<br>{percent(judge['accuracy_before'])} of originals")
+        for name, judge in _judges(figures)
+    ]
+    return [*judged, *rates]
+
+
+def _examples(folder: Path) -> str:
+    path = folder / "examples.json"
+    if not path.exists():
+        return ""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    parts = []
+    for kind, title in _KINDS.items():
+        if shown := [_example(entry, folder / "examples") for entry in entries if entry["kind"] == kind]:
+            parts.append(f'<h4>{html.escape(title)}</h4><div class="grid broad">{"".join(shown)}</div>')
+    return "".join(parts)
+
+
+def _example(entry: Mapping[str, Any], folder: Path) -> str:
+    """Show an item: players and pictures of the files that there are, and what judges say."""
+    words = [f"{key.replace('_', ' ')} {value}" for key, value in entry.items() if key in ("digit", "voice", "motion")]
+    media = []
+    for side in _SIDES:
+        if side in entry:
+            media.append(f'{side}<audio controls preload="none" src="{data_url(folder / entry[side])}"></audio>')
+        if f"{side}_text" in entry:
+            words.append(f"{side}: {entry[f'{side}_text']}")
+    if "picture" in entry:
+        kind = "spectrogram" if "before" in entry else "film"
+        media.append(f'<img class="{kind}" src="{data_url(folder / entry["picture"])}" alt="before and after">')
+    judged = {key: value for key, value in entry.items() if isinstance(value, Mapping)}
+    wrong = any(said["after"] != said["right"] for said in judged.values())
+    verdicts = [f"{_label(name)}: {said['before']}, then {said['after']}" for name, said in judged.items()]
+    told = "".join(f"<br><em>{html.escape(verdict)}</em>" for verdict in verdicts)
+    return (
+        f"<figure{' class=wrong' if wrong else ''}>{''.join(media)}<figcaption>{html.escape(', '.join(words))}{told}"
+        "</figcaption></figure>"
+    )
