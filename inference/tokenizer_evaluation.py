@@ -33,7 +33,9 @@ N_SHOWN = 32
 _N_EXAMPLES = {"as it came": 10, "lost": 8, "worst": 4, "best": 4}
 
 
-def evaluate_tokenizer(folder: Path, data_dir: Path, split: str = "test", *, out: Path | None = None) -> dict[str, Any]:
+def evaluate_tokenizer(
+    folder: Path, data_dir: Path, split: str = "test", *, limit: int | None = None, out: Path | None = None
+) -> dict[str, Any]:
     """Encode and decode every item of a split that the tokenizer is for, and compare.
 
     What is measured depends on the modality: see `figures` in the files of reconstruction/. Where every sample says a
@@ -45,6 +47,7 @@ def evaluate_tokenizer(folder: Path, data_dir: Path, split: str = "test", *, out
         data_dir: a world, whose splits are subfolders. Items are those of data_dir/SPLIT, else of
             data_dir/SPLIT-MODALITY, else of the first other folder SPLIT-* that holds any.
         split: held-out items to encode.
+        limit: use only so many samples, spread evenly over the folder.
         out: folder for tokenizer.json; examples.json with some items before and after in examples/, both as they came
             and the worst, and an overview of the first N_SHOWN.
 
@@ -56,7 +59,7 @@ def evaluate_tokenizer(folder: Path, data_dir: Path, split: str = "test", *, out
     """
     in_run = folder / "tokenizer"
     tokenizer = load_modality(in_run if in_run.is_dir() else folder)
-    source, items, about = _held_out(tokenizer, data_dir, split)
+    source, items, about = _held_out(tokenizer, data_dir, split, limit)
     reconstruction = RECONSTRUCTIONS[tokenizer.name].of(tokenizer, items, about)
     figures = {
         "modality": tokenizer.name,
@@ -77,7 +80,9 @@ def evaluate_tokenizer(folder: Path, data_dir: Path, split: str = "test", *, out
     return figures
 
 
-def _held_out(tokenizer: Modality[Any], data_dir: Path, split: str) -> tuple[Path, list[Any], list[Mapping[str, Any]]]:
+def _held_out(
+    tokenizer: Modality[Any], data_dir: Path, split: str, limit: int | None
+) -> tuple[Path, list[Any], list[Mapping[str, Any]]]:
     """Return the folder that was read, every item of the tokenizer's modality in it, and what its sample says of it."""
     preferred = [data_dir / split, data_dir / f"{split}-{tokenizer.name}"]
     others = sorted(path for path in data_dir.glob(f"{split}-*") if path.is_dir() and path not in preferred)
@@ -86,7 +91,10 @@ def _held_out(tokenizer: Modality[Any], data_dir: Path, split: str) -> tuple[Pat
             continue
         items: list[Any] = []
         about: list[Mapping[str, Any]] = []
-        for sample in ShardReader(folder):
+        reader = ShardReader(folder)
+        count = len(reader) if limit is None else min(limit, len(reader))
+        for place in np.linspace(0, len(reader) - 1, count).round().astype(int).tolist():
+            sample = reader[place]
             for span in sample.spans:
                 if span.modality == tokenizer.name:
                     items.append(span.text if span.payload is None else tokenizer.read(span.payload))
@@ -137,7 +145,7 @@ def _write(
 
 def _chosen(distortions: npt.NDArray[np.float64], answers: Mapping[str, Answers]) -> list[tuple[str, int]]:
     """Return (kind, place) of the examples, each place once; of equal ones the first."""
-    order = np.argsort(distortions, kind="stable")
+    least, most = distortions.min(), distortions.max()
     first, lost = list(range(len(distortions))), list[int]()
     if answers:
         judge = next(iter(answers.values()))
@@ -152,8 +160,8 @@ def _chosen(distortions: npt.NDArray[np.float64], answers: Mapping[str, Answers]
     kinds = {
         "as it came": first,
         "lost": lost,
-        "worst": np.argsort(-distortions, kind="stable").tolist(),
-        "best": order.tolist(),
+        "worst": [int(place) for place in np.argsort(-distortions, kind="stable") if distortions[place] > least],
+        "best": [int(place) for place in np.argsort(distortions, kind="stable") if distortions[place] < most],
     }
     chosen: dict[int, str] = {}
     for kind, places in kinds.items():

@@ -272,13 +272,14 @@ def tokenizer_eval(
     out: Annotated[
         Path | None, typer.Option(help="Folder for figures, items before and after, and report.html.")
     ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many samples.")] = None,
     as_json: Json = False,
 ) -> None:
     """Encode and decode held-out items: rates, distortion, code use, and judges' accuracy after the round trip."""
     from omniform.inference.tokenizer_evaluation import evaluate_tokenizer
     from omniform.tokenizer_report import figures_as_text, write_tokenizer_report
 
-    figures = evaluate_tokenizer(folder, data, split=split, out=out)
+    figures = evaluate_tokenizer(folder, data, split=split, limit=limit, out=out)
     report = None if out is None else write_tokenizer_report(out)
     if as_json:
         print_json(figures)

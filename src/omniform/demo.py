@@ -1,6 +1,6 @@
 """`omniform demo`: data, tokenizers, model, evaluation and report, each stage done once.
 
-    OUT/data   OUT/tokenizers/{text,image}   OUT/run   OUT/model   OUT/metrics.json   OUT/report.html
+    OUT/data   OUT/tokenizers/{text,image,speech,video}   OUT/run   OUT/model   OUT/metrics.json   OUT/report.html
 
 A stage is identified by a digest of its settings and of all stages before it. It is skipped when the one that
 OUT/stages.json calls finished has that digest, continued when the one that was begun has it, and made anew otherwise.
@@ -40,7 +40,7 @@ from omniform.training.tokenizer_task import train_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_OUT = Path("runs/demo")
-MODALITIES = ("text", "image")
+MODALITIES = ("text", "image", "speech", "video")
 _PROMPTS = tuple(f"the digit {digit}" for digit in range(10))
 # Two rows of ten for each wording that training never saw.
 _SHOWN = tuple(render(template, digit) for template in TEST_TEMPLATES * 2 for digit in range(10))
@@ -126,10 +126,13 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
     """Return the stages of the demo in `out`, in order."""
     data, model = out / "data", out / "model"
     tiny = size == "tiny"
-    copies, limit = (1, 20) if tiny else (16, None)
+    copies, takes, limit = (1, 1, 20) if tiny else (16, None, None)
     configs = {f"{name} tokenizer": f"tokenizers/digits-{name}" for name in MODALITIES} | {"model": "digits"}
     # The text tokenizer is not trained in steps.
-    short = {"image tokenizer": _TINY_STEPS, "model": (*_TINY_STEPS, "stages.0.steps=2")} if tiny else {}
+    short: dict[str, tuple[str, ...]] = {}
+    if tiny:
+        short = {f"{name} tokenizer": _TINY_STEPS for name in MODALITIES if name != "text"}
+        short["model"] = (*_TINY_STEPS, "stages.0.steps=2")
     overrides = {name: [*_moved_to(out, file), *short.get(name, ())] for name, file in configs.items()}
     recipe = {
         name: [(CONFIGS / f"{file}.yaml").read_text(encoding="utf-8"), overrides[name]]
@@ -142,7 +145,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
 
         def run(fresh: bool) -> None:
             folder = train_tokenizer(config, overrides[name], run_folder, fresh=fresh)
-            evaluate_tokenizer(folder, data, out=run_folder / "evaluation")
+            evaluate_tokenizer(folder, data, limit=limit, out=run_folder / "evaluation")
 
         return Stage(name, recipe[name], (run_folder / "tokenizer", run_folder / "evaluation/tokenizer.json"), run)
 
@@ -150,7 +153,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
         if fresh and (data / WORLD_MANIFEST).exists():
             unseal(data / WORLD_MANIFEST, f"if {data} may go, remove it; else choose another --out")  # is it ours?
             shutil.rmtree(data)
-        digits.build_digits(data, copies=copies, limit=1 if tiny else None)
+        digits.build_digits(data, copies=copies, limit=takes)
 
     def fit(fresh: bool) -> None:
         preview = functools.partial(draw_samples, prompts=_PROMPTS)
@@ -166,7 +169,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
         evaluate_any_to_any(Model(loaded), data, limit=limit, out=out / "metrics.json")
 
     return [
-        Stage("data", [__version__, digits.VERSION, copies], (data / "manifest.json",), build),
+        Stage("data", [__version__, digits.VERSION, copies, takes], (data / "manifest.json",), build),
         *(tokenizer_stage(modality) for modality in MODALITIES),
         Stage("model", recipe["model"], (model / "manifest.sha256",), fit),
         Stage("evaluation", limit, (out / "metrics.json", out / "samples.json", out / "samples/images.png"), evaluate),

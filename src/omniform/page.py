@@ -31,8 +31,9 @@ figure.wrong { border-left-color: var(--wrong); }
 figure img { width: 64px; height: 64px; image-rendering: pixelated; display: block; border-radius: .25rem; }
 figcaption { font-size: .82rem; line-height: 1.35; margin-top: .35rem; overflow-wrap: anywhere; }
 figure audio { width: 100%; height: 2rem; display: block; margin: .15rem 0; }
-figure .spectrogram { width: 100%; height: auto; } figure .film { width: auto; height: 64px; }
+figure .spectrogram { width: 100%; height: 6rem; } figure .film { width: auto; height: 64px; }
 figcaption em { font-style: normal; font-weight: 600; color: var(--right); } .wrong em { color: var(--wrong); }
+.tables { display: flex; flex-wrap: wrap; gap: 0 2rem; }
 .grid.broad { grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); }
 .documents { display: grid; gap: .5rem; margin: .5rem 0; }
 .turns { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem; } .turns span { font-size: .88rem; }

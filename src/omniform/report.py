@@ -192,7 +192,8 @@ def _sides(entry: Mapping[str, Any]) -> tuple[Mapping[str, str], Mapping[str, st
 def _tokenizers(folder: Path) -> str:
     evaluations = sorted(figures.parent for figures in folder.glob("tokenizers/*/evaluation/tokenizer.json"))
     sections = [f"<h3>{html.escape(path.parent.name)}</h3>{tokenizer_section(path)}" for path in evaluations]
-    return f"<h2>Tokenizers</h2>{''.join(sections)}" if sections else ""
+    note = '<p class="note">What turns data into tokens and back. The model above uses those of text and images.</p>'
+    return f"<h2>Tokenizers</h2>{note}{''.join(sections)}" if sections else ""
 
 
 def _curves(folder: Path) -> str:

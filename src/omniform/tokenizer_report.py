@@ -47,14 +47,15 @@ def tokenizer_section(folder: Path) -> str:
     parts = [table(("figure", ""), [_escaped((label, number(value))) for label, value in _plain(figures)])]
     for name, judge in _judges(figures):
         parts.append(f"<h4>{html.escape(_label(name))}</h4><p>{_verdict(judge)}</p>")
-        parts += [table((html.escape(group), *_SIDES, "n"), map(_escaped, rows)) for group, rows in _tables(judge)]
+        shown = [table((html.escape(group), *_SIDES, "n"), map(_escaped, rows)) for group, rows in _tables(judge)]
+        parts.append(f'<div class="tables">{"".join(shown)}</div>')
         if told := _confusions(judge):
             parts.append(f'<p class="note">Most often wrong after the round trip: {html.escape(told)}.</p>')
-    for picture in sorted((*folder.glob("*.png"), *folder.glob("*.gif"))):
-        parts.append(
-            '<p class="note">Held-out originals, and what their codes give back.</p>'
-            f'<p><img class="wide" src="{data_url(picture)}" alt="{html.escape(picture.stem)}"></p>'
-        )
+    parts += [
+        '<p class="note">Held-out originals, and what their codes give back.</p>'
+        f'<p><img class="wide" src="{data_url(picture)}" alt="{html.escape(picture.stem)}"></p>'
+        for picture in sorted((*folder.glob("*.png"), *folder.glob("*.gif")))
+    ]
     return "".join(parts) + _examples(folder)
 
 

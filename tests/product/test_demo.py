@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from omniform.cli import app
 from omniform.data import digits
-from omniform.demo import Stage, demo_stages, run_demo, run_stages
+from omniform.demo import MODALITIES, Stage, demo_stages, run_demo, run_stages
 from omniform.errors import OmniformError
 from omniform.modeling.config import parse_config
 from omniform.training.config import TrainConfig
@@ -121,10 +121,15 @@ def test_tiny_demo_goes_all_the_way_and_what_it_suggests_works(tmp_path: Path, m
     metrics = json.loads((demo / "metrics.json").read_text())
     assert metrics["suite"] == "any-to-any"
     assert set(metrics["cells"]) == {"text->image", "image->text", "text->text"}
-    assert "learnt nothing" in (demo / "report.html").read_text()
+    report = (demo / "report.html").read_text()
+    assert "learnt nothing" in report
+    for modality in MODALITIES:
+        assert f"<h3>{modality}</h3>" in report
+    assert "data:audio/wav" in report
+    assert "data:image/gif" in report
 
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert again.stdout.count("done before") == 5
+    assert again.stdout.count("done before") == 7
 
     monkeypatch.chdir(tmp_path)
     suggested = [line.strip() for line in again.stdout.partition("Try next:")[2].splitlines() if line.strip()]
