@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from omniform.data.encode import EncodedSource
 from omniform.data.mixture import INTERLEAVED, WINDOW, DataConfig, DataStage, Draws, Mixture, arrange
 from omniform.data.packing import first_fit
 from omniform.data.schema import DataError
+from omniform.data.token_source import TokenSource
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.sequence import MultimodalSequence, Part, Role, document_length
 from omniform.tokenizers.base import Modality
@@ -104,7 +104,7 @@ class TrainingData:
             for source in stage.config.sources:
                 for task in source.tasks:
                     _check_modalities(source.path, task, tokenizers)
-        self.sources = [EncodedSource(s.path, tokenizers, cache_dir, s.index_dir) for s in config.sources]
+        self.sources = [TokenSource(s.path, tokenizers, cache_dir, s.index_dir) for s in config.sources]
         self._table = lru_cache(maxsize=None)(self._document_lengths)
         self._lengths = [
             [self._table(place, tuple(source.tasks)) for place, source in enumerate(stage.config.sources)]
@@ -218,7 +218,7 @@ class TrainingData:
                 raise DataError(f"{path} holds no sample for the task {task}: remove it from data.sources.tasks")
             if table[number, 0, longest] > self.config.row_length:
                 raise DataError(
-                    f"{source.reader.describe(longest)} takes {table[number, 0, longest]} tokens in the task {task}, "
+                    f"{source.describe(longest)} takes {table[number, 0, longest]} tokens in the task {task}, "
                     f"a row holds {self.config.row_length}: raise data.row_length or shorten the sample"
                 )
         return table

@@ -74,7 +74,7 @@ def open_container(
             "protocol_whitelist": "none",
         }
         try:
-            container = av.open(file, options=options, container_options=restrictions, io_open=_refuse_to_open)
+            container = av.open(file, "r", options=options, container_options=restrictions, io_open=_refuse_to_open)
         except (av.FFmpegError, ValueError, _OpensAnotherFile) as cause:
             # FFmpeg answers that its argument is invalid where the format is not listed.
             if isinstance(cause, av.error.ArgumentError) or not _SIGNATURES.match(head):

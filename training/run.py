@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from omniform.data.loader import TrainingData
-from omniform.data.shards import ShardReader
+from omniform.data.token_source import count_samples
 from omniform.errors import OmniformError
 from omniform.modeling.config import parse_config
 from omniform.modeling.folder import LoadedModel, build_vocabulary
@@ -59,7 +59,7 @@ def train(
         with torch.device("meta"):
             model = UnifiedModel(config.model, vocabulary)
         config.check_loss_terms(model.term_weights)
-        n_samples = sum(len(ShardReader(source.path, source.index_dir)) for source in config.data.sources)
+        n_samples = sum(count_samples(source.path, source.index_dir) for source in config.data.sources)
         figures = forecast(model, config, world_size, free_disk=_free_disk(out))
         if is_first_process():
             print(figures.text(n_samples))

@@ -138,3 +138,44 @@ def data_from_folder(
         print_json(report.to_json())
     else:
         print(harmless(str(report)))
+
+
+@data_app.command("encode")
+def data_encode(
+    folder: DataDir,
+    tokenizer: Annotated[
+        list[str], typer.Option(metavar="MODALITY=FOLDER", help="Of one modality; give one for each.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder to write: a token shard (.safetensors) per shard, and tokens.json.")
+    ],
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the files are the same whatever their number.")] = 1,
+    index_dir: IndexDir = None,
+    as_json: Json = False,
+) -> None:
+    """Tokenise shards once, into a folder to train on without them; run again to continue where it stopped.
+
+    omniform data encode data/digits --tokenizer text=runs/text --tokenizer image=runs/image --out data/digits-tokens
+    """
+    from omniform.data.encode import encode_folder
+
+    folders = {}
+    for entry in tokenizer:
+        name, separator, path = entry.partition("=")
+        if not (name and separator and path):
+            raise OmniformError(f"--tokenizer {entry}: expected MODALITY=FOLDER, such as image=runs/image-tokenizer")
+        if name in folders:
+            raise OmniformError(f"--tokenizer {name}=... is given twice: expected one for each modality")
+        folders[name] = Path(path)
+    summaries = encode_folder(folder, folders, out, index_dir=index_dir, workers=workers)
+    if as_json:
+        print_json(summaries)
+        return
+    for name, summary in summaries.items():
+        tokens = ", ".join(f"{n} {modality}" for modality, n in summary["tokens"].items())
+        print(harmless(f"{name}: {summary['samples']} samples, tokens: {tokens}"))
+        for reason, entry in summary["failed"].items():
+            print(harmless(f"  {entry['count']} samples have none: {reason}: {'; '.join(entry['first'])}"))
+        for modality, n in summary["left_out"].items():
+            print(f"  {n} {modality} spans left out: no --tokenizer {modality}=FOLDER")
+    print(out)

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from omniform.data.encode import BATCH_SIZE, EncodedSource, tokenizer_digest
+from omniform.data.encode import BATCH_SIZE
 from omniform.data.schema import DataError
 from omniform.data.shards import ShardReader
+from omniform.data.token_shards import tokenizer_digest
+from omniform.data.token_source import TokenSource
 from omniform.tokenizers.base import Modality
 
 
-def assert_equal_to_tokenizers(source: EncodedSource, tokenizers: dict[str, Modality]) -> None:
+def assert_equal_to_tokenizers(source: TokenSource, tokenizers: dict[str, Modality]) -> None:
     """Compare every span with encoding it alone."""
     for number, sample in enumerate(ShardReader(source.folder)):
         if number in source.failures:
@@ -34,12 +36,12 @@ def test_tokens_are_those_of_the_tokenizers_and_the_cache_has_fixed_bytes(
 ) -> None:
     n_samples = 2 * BATCH_SIZE + 7
     folder = write_pairs(tmp_path / "data", n_samples, per_shard=n_samples - 5)
-    source = EncodedSource(folder, tokenizers, tmp_path / "cache")
+    source = TokenSource(folder, tokenizers, tmp_path / "cache")
     assert len(source) == n_samples
     assert not source.failures
     assert_equal_to_tokenizers(source, tokenizers)
-    assert_equal_to_tokenizers(EncodedSource(folder, tokenizers, tmp_path / "cache"), tokenizers)
-    EncodedSource(folder, tokenizers, tmp_path / "again")
+    assert_equal_to_tokenizers(TokenSource(folder, tokenizers, tmp_path / "cache"), tokenizers)
+    TokenSource(folder, tokenizers, tmp_path / "again")
     assert {p.name: p.read_bytes() for p in (tmp_path / "cache").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()
     }
@@ -54,14 +56,14 @@ def test_samples_that_fail_leave_counted_holes_and_change_no_other(
     content[ShardReader(folder).shards[0].samples[11].offset + 600] ^= 4
     shard.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        source = EncodedSource(folder, tokenizers, tmp_path / "cache")
+        source = TokenSource(folder, tokenizers, tmp_path / "cache")
     assert sorted(source.failures) == [3, 7, 11, 29]
     assert "000000.tar: sample 00003: 4 bytes, expected 2" in source.failures[3].message
     assert "sample 00007: above ff00" in source.failures[7].message
     assert "sample 00011 is damaged" in source.failures[11].message
     assert "4 of 30 samples cannot be decoded: 3 x cannot be used: 000000.tar: sample 00003: 4 bytes" in caplog.text
     assert "1 x damaged, or not a sample: 000000.tar: sample 00011 is damaged" in caplog.text
-    intact = EncodedSource(write_pairs(tmp_path / "intact", 30, per_shard=20), tokenizers, tmp_path / "cache")
+    intact = TokenSource(write_pairs(tmp_path / "intact", 30, per_shard=20), tokenizers, tmp_path / "cache")
     for number in set(range(30)) - set(source.failures):
         assert source.tokens(number, 1).codes.tolist() == intact.tokens(number, 1).codes.tolist()
 
@@ -70,13 +72,13 @@ def test_an_interrupted_run_continues_with_the_missing_shards(
     tmp_path: Path, tokenizers: dict[str, Modality], write_pairs: Callable[..., Path]
 ) -> None:
     folder = write_pairs(tmp_path / "data", 50, per_shard=20)
-    EncodedSource(folder, tokenizers, tmp_path / "cache")
+    TokenSource(folder, tokenizers, tmp_path / "cache")
     files = sorted((tmp_path / "cache").glob("*.safetensors"))
     assert len(files) == 3
     before = files[1].read_bytes()
     files[1].unlink()
     image = type(tokenizers["image"])()
-    source = EncodedSource(folder, {**tokenizers, "image": image}, tmp_path / "cache")
+    source = TokenSource(folder, {**tokenizers, "image": image}, tmp_path / "cache")
     assert image.n_encoded in (20, 10)  # type: ignore[attr-defined]
     assert files[1].read_bytes() == before
     assert_equal_to_tokenizers(source, tokenizers)
@@ -89,9 +91,9 @@ def test_another_tokenizer_or_other_data_never_meets_old_tokens(
     write_pairs: Callable[..., Path],
 ) -> None:
     assert tokenizer_digest(tokenizers["image"]) != tokenizer_digest(turned_tokenizers["image"])
-    first = EncodedSource(write_pairs(tmp_path / "data", 10), tokenizers, tmp_path / "cache")
-    second = EncodedSource(tmp_path / "data", turned_tokenizers, tmp_path / "cache")
-    third = EncodedSource(write_pairs(tmp_path / "other", 10, {0: b"\1\2"}), tokenizers, tmp_path / "cache")
+    first = TokenSource(write_pairs(tmp_path / "data", 10), tokenizers, tmp_path / "cache")
+    second = TokenSource(tmp_path / "data", turned_tokenizers, tmp_path / "cache")
+    third = TokenSource(write_pairs(tmp_path / "other", 10, {0: b"\1\2"}), tokenizers, tmp_path / "cache")
     assert_equal_to_tokenizers(first, tokenizers)
     assert_equal_to_tokenizers(second, turned_tokenizers)
     assert_equal_to_tokenizers(third, tokenizers)
@@ -103,7 +105,7 @@ def test_a_damaged_or_swapped_cache_file_is_refused_by_name(
     tmp_path: Path, tokenizers: dict[str, Modality], write_pairs: Callable[..., Path]
 ) -> None:
     folder = write_pairs(tmp_path / "data", 40, per_shard=20)
-    EncodedSource(folder, tokenizers, tmp_path / "cache")
+    TokenSource(folder, tokenizers, tmp_path / "cache")
     first, second = sorted((tmp_path / "cache").glob("*.safetensors"))
     intact = first.read_bytes()
     damaged = bytearray(intact)
@@ -111,14 +113,14 @@ def test_a_damaged_or_swapped_cache_file_is_refused_by_name(
     for content in (damaged, intact[: len(intact) // 2], second.read_bytes()):
         first.write_bytes(content)
         with pytest.raises(DataError, match=f"{first.name} .*remove it, and it is encoded again"):
-            EncodedSource(folder, tokenizers, tmp_path / "cache")
+            TokenSource(folder, tokenizers, tmp_path / "cache")
     first.write_bytes(intact)
-    EncodedSource(folder, tokenizers, tmp_path / "cache")
+    TokenSource(folder, tokenizers, tmp_path / "cache")
 
 
 def test_modalities_without_a_tokenizer_are_left_out(
     tmp_path: Path, tokenizers: dict[str, Modality], write_pairs: Callable[..., Path]
 ) -> None:
     text_only = {"text": tokenizers["text"]}
-    source = EncodedSource(write_pairs(tmp_path / "data", 5), text_only, tmp_path / "cache")
+    source = TokenSource(write_pairs(tmp_path / "data", 5), text_only, tmp_path / "cache")
     assert_equal_to_tokenizers(source, text_only)

@@ -11,10 +11,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from omniform.cli import app
-from omniform.data.encode import EncodedSource
 from omniform.data.index import index_shards
 from omniform.data.inspect import info, preview
 from omniform.data.shards import ShardReader
+from omniform.data.token_source import TokenSource
 from omniform.data.verify import verify
 from omniform.tokenizers.base import Modality
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
@@ -99,9 +99,7 @@ def test_images_that_cannot_be_read_are_counted_by_reason(
             writer.write({"__key__": key, "jpg": payload, "txt": key})
     index_shards(tmp_path)
     config = ImageTokenizerConfig(image_size=16, widths=(8, 8))
-    source = EncodedSource(
-        tmp_path, {**tokenizers, "image": ImageTokenizer(config, config.build())}, tmp_path / "cache"
-    )
+    source = TokenSource(tmp_path, {**tokenizers, "image": ImageTokenizer(config, config.build())}, tmp_path / "cache")
     assert {number: failure.reason for number, failure in source.failures.items()} == {
         1: "empty file",
         2: "damaged image",
