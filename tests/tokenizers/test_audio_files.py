@@ -44,16 +44,21 @@ def stored(samples: np.ndarray, rate: int, file_format: str = "WAV", subtype: st
     return file.getvalue()
 
 
-def m4a(samples: np.ndarray, rate: int) -> bytes:
-    """AAC in MP4, as FFmpeg writes it."""
+def encoded(samples: np.ndarray, rate: int, container_format: str, codec: str) -> bytes:
+    """A mono file as FFmpeg writes it."""
     file = io.BytesIO()
-    with av.open(file, "w", format="ipod") as container:
-        stream = container.add_stream("aac", rate=rate, layout="mono")
+    with av.open(file, "w", format=container_format) as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
         frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
         frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return file.getvalue()
+
+
+def m4a(samples: np.ndarray, rate: int) -> bytes:
+    """AAC in MP4."""
+    return encoded(samples, rate, "ipod", "aac")
 
 
 def refusal(payload: bytes | Path, max_seconds: float = 60.0) -> str:
@@ -191,6 +196,20 @@ def test_m4a_is_read_without_the_padding_of_its_codec() -> None:
     found = read_audio(m4a(tone, RATE), RATE).numpy()
     assert len(found) == len(tone)
     assert np.abs(found - tone)[1000:-1000].max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("container_format", "codec", "error"),
+    [
+        *(("ipod", "alac", 1e-4), ("ogg", "flac", 1e-4), ("matroska", "flac", 1e-4), ("mov", "pcm_s16be", 1e-4)),
+        *(("webm", "libopus", 0.05), ("mp4", "libmp3lame", 0.05)),
+    ],
+)
+def test_sounds_of_other_makers_are_read(container_format: str, codec: str, error: float) -> None:
+    tone = sine(1, 48_000)
+    found = read_audio(encoded(tone, 48_000, container_format, codec), 48_000).numpy()
+    assert abs(len(found) - len(tone)) <= 1
+    assert np.abs(found[5000:40_000] - tone[5000:40_000]).max() < error
 
 
 @pytest.mark.parametrize(

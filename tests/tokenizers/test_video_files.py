@@ -97,6 +97,27 @@ def test_frames_come_back_in_their_own_size_and_order(extension: str, height: in
     assert (header.width, header.height) == (width, height)
 
 
+@pytest.mark.parametrize(
+    ("container_format", "codec", "layout"),
+    [
+        *(("avi", "mpeg4", "yuv420p"), ("avi", "mjpeg", "yuvj420p"), ("mov", "libx264", "yuv420p")),
+        *(("webm", "libvpx", "yuv420p"), ("mp4", "libx264", "yuv420p10le"), ("matroska", "libx264", "yuv444p")),
+    ],
+)
+def test_videos_of_other_makers_are_read(container_format: str, codec: str, layout: str) -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format=container_format) as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.width = stream.height = 64
+        stream.pix_fmt = layout
+        for levels in numbered(5, 64):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(levels, format="rgb24")))
+        container.mux(stream.encode(None))
+    video = read_video(file.getvalue(), fps=8, max_frames=99)
+    assert numbers(video) == list(range(5))
+    assert np.abs(video.frames.astype(int) - numbered(5, 64)).mean() < 3
+
+
 @pytest.mark.parametrize("extension", ["mp4", "webm"])
 @settings(max_examples=10)
 @given(
