@@ -57,7 +57,9 @@ class SpeechTokenizerConfig:
         for side, part in (("encoder", self.encoder), ("decoder", self.decoder)):
             divisor, spectral = part.divisor, part.kind in ("mel", "stft")
             if self.frame_samples % divisor if spectral else self.frame_samples != divisor:
-                expected = f"a multiple of its hop, {divisor}" if spectral else f"{divisor}, the product of its strides"
+                expected = (
+                    f"a multiple of {divisor}, by its hop" if spectral else f"{divisor}, the product of its strides"
+                )
                 raise ValueError(f"frame_samples is {self.frame_samples}, but the {side} needs {expected}")
         return self
 

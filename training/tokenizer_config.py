@@ -175,7 +175,7 @@ class SpeechTokenizerTrainConfig(CodecTrainConfig):
     """How to train a speech tokenizer; a row is a segment of a recording.
 
     Attributes:
-        segment_samples: samples of a segment, a multiple of those of a frame.
+        segment_samples: samples of a segment, a multiple of those of a frame, and as long as the widest of spectra.
         perturbation: of each recording; null: none.
         log_mel_weight: of the difference of log-mel spectra.
         magnitude_weight: of the difference of magnitudes.
@@ -186,7 +186,7 @@ class SpeechTokenizerTrainConfig(CodecTrainConfig):
 
     kind: Literal["speech_codec"]
     tokenizer: SpeechTokenizerConfig = SpeechTokenizerConfig()
-    segment_samples: int = Field(default=7680, ge=1)
+    segment_samples: int = Field(default=7680, ge=1024)
     perturbation: PerturbationConfig | None = PerturbationConfig()
     log_mel_weight: float = Field(default=1.0, ge=0)
     magnitude_weight: float = Field(default=0.3, ge=0)

@@ -28,7 +28,7 @@ SPECTRAL = SpeechTokenizerConfig(
     width=8,
     n_blocks=1,
     encoder=MelStemConfig(hop=8, n_mels=6, width=8, n_blocks=1),
-    decoder=STFTHeadConfig(hop=8, width=8, n_blocks=1),
+    decoder=STFTHeadConfig(hop=10, width=8, n_blocks=1),
     quantizer=FSQConfig(levels=(5, 5)),
     window=4,
 )
@@ -194,7 +194,7 @@ def test_a_comparison_is_two_sounds_of_one_length(tokenizer: SpeechTokenizer, tm
 
 
 def test_frames_that_stem_and_head_cannot_make_are_refused() -> None:
-    with pytest.raises(ValidationError, match="multiple of its hop"):
+    with pytest.raises(ValidationError, match="by its hop"):
         SpeechTokenizerConfig(frame_samples=600)
     with pytest.raises(ValidationError, match="product of its strides"):
         SpeechTokenizerConfig(frame_samples=640, decoder=WaveformHeadConfig(strides=(2, 2)))

@@ -8,7 +8,7 @@ from omniform.tokenizers.codecs.spectrogram import magnitude, mel_filters, stft
 
 # Samples per window, and bands of the mel scale: as many as the window can tell apart.
 RESOLUTIONS = {256: 40, 512: 64, 1024: 80}
-_FLOOR = 1e-3
+_FLOOR = 2e-2  # magnitudes far below it are silence; the levels of a recording with a peak of 1 reach about 100
 
 
 class SpectralDistance(nn.Module):

@@ -28,14 +28,14 @@ class STFTHeadConfig:
     """
 
     kind: Literal["stft"] = "stft"
-    hop: int = Field(default=128, ge=2, multiple_of=2)
-    width: int = Field(default=128, ge=1)
-    n_blocks: int = Field(default=2, ge=0)
+    hop: int = Field(default=160, ge=2, multiple_of=2)
+    width: int = Field(default=192, ge=1)
+    n_blocks: int = Field(default=3, ge=0)
 
     @property
     def divisor(self) -> int:
         """What the samples per frame are a multiple of."""
-        return self.hop
+        return 4 * self.hop
 
     def build(self, frame_samples: int, width: int) -> "STFTHead":
         """Return the head."""
@@ -69,11 +69,13 @@ class STFTHead(nn.Module):
     """Frames -> blocks at the rate of the spectra -> magnitude and phase -> inverse short-time Fourier transform.
 
     Source: Vocos (Siuzdak 2023), arXiv:2306.00814, section 3.3. Deviations: blocks at two rates, since a code stands
-    for several spectra; a window of four hops; the bound on magnitudes is e^6 for levels in [-1, 1].
+    for several spectra; a window of four hops; the bound on magnitudes is e^6 for levels in [-1, 1]; phases are
+    relative to those of steady tones, one in the middle of each frequency band, which turn by k / 4 from one spectrum
+    to the next in band k: a steady sound is then a steady output, and neighbouring windows do not cancel each other.
 
     Args:
         width: channels of the frames.
-        frame_samples: samples per frame, a multiple of `hop`.
+        frame_samples: samples per frame, a multiple of four hops, after which every tone is where it began.
         hop: samples from one spectrum to the next.
         fine_width: channels at the rate of the spectra.
 
@@ -81,9 +83,13 @@ class STFTHead(nn.Module):
         margin: samples on each side of a frame's own that depend on it.
     """
 
+    turns: Float[Tensor, "4 F"]
+
     def __init__(self, width: int, frame_samples: int, hop: int, fine_width: int, n_blocks: int) -> None:
         super().__init__()
         self.hop = hop
+        quarters = torch.outer(torch.arange(4), torch.arange(2 * hop + 1)) % 4
+        self.register_buffer("turns", quarters * (math.pi / 2), persistent=False)
         self.per_frame = frame_samples // hop
         self.split = nn.Linear(width, fine_width * self.per_frame)
         self.blocks = blocks(fine_width, n_blocks)
@@ -96,7 +102,8 @@ class STFTHead(nn.Module):
         log_magnitude, phase = self.last(fine).chunk(2, -1)
         with torch.autocast(frames.device.type, enabled=False):
             dtype = torch.promote_types(phase.dtype, torch.float32)
-            return torch.polar(log_magnitude.to(dtype).clamp(max=_MAX_LOG_MAGNITUDE).exp(), phase.to(dtype))
+            phase = (phase.to(dtype).unflatten(1, (-1, 4)) + self.turns).flatten(1, 2)
+            return torch.polar(log_magnitude.to(dtype).clamp(max=_MAX_LOG_MAGNITUDE).exp(), phase)
 
     def forward(self, frames: Float[Tensor, "B T C"]) -> Float[Tensor, "B N"]:
         """Return samples."""

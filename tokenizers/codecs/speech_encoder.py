@@ -29,9 +29,9 @@ class MelStemConfig:
     """
 
     kind: Literal["mel"] = "mel"
-    hop: int = Field(default=128, ge=2, multiple_of=2)
+    hop: int = Field(default=160, ge=2, multiple_of=2)
     n_mels: int = Field(default=80, ge=1)
-    width: int = Field(default=128, ge=1)
+    width: int = Field(default=192, ge=1)
     n_blocks: int = Field(default=1, ge=0)
 
     @property
