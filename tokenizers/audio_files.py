@@ -220,10 +220,10 @@ def _mean_of_channels(frame: AudioFrame) -> npt.NDArray[np.float32]:
     """Return the mono levels of a frame; full scale is 1 for integers of any width."""
     stored = frame.to_ndarray()
     channels = stored if frame.format.is_planar else stored.reshape(-1, frame.layout.nb_channels).T
-    levels = channels.astype(np.float64 if stored.dtype == np.float64 else np.float32).mean(axis=0, dtype=np.float64)
-    if stored.dtype == np.uint8:
-        levels -= 128
-    with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
+    with np.errstate(over="ignore", invalid="ignore"):  # what is no number, or none of float32, is refused later
+        levels = channels.mean(axis=0, dtype=np.float64)
+        if stored.dtype == np.uint8:
+            levels -= 128
         return (levels / _FULL_SCALE.get(stored.dtype.name, 1)).astype(np.float32)
 
 

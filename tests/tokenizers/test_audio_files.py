@@ -158,6 +158,9 @@ def test_samples_that_are_no_levels_are_refused(value: float) -> None:
     samples[700] = value
     for rate in (RATE, 44_100):
         assert refusal(stored(samples, rate, subtype="DOUBLE")) == "levels out of range"
+        assert (
+            refusal(stored(np.stack([samples, -samples / 2], axis=1), rate, subtype="DOUBLE")) == "levels out of range"
+        )
 
 
 @pytest.mark.parametrize("extension", EXTENSIONS)
