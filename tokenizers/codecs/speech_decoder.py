@@ -12,8 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from omniform.tokenizers.codecs.spectrogram import inverse_stft
-from omniform.tokenizers.codecs.speech_encoder import DILATIONS, ResidualUnit
-from omniform.tokenizers.codecs.speech_layers import ConvNeXtBlock, blocks
+from omniform.tokenizers.codecs.speech_layers import DILATIONS, ConvNeXtBlock, ResidualUnit, blocks
 
 _MAX_LOG_MAGNITUDE = 6.0  # e^6: that of a full-scale tone in a window of 800 samples
 

@@ -12,10 +12,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from omniform.tokenizers.codecs.spectrogram import magnitude, mel_filters, stft
-from omniform.tokenizers.codecs.speech_layers import ConvNeXtBlock, LatentNorm, blocks
+from omniform.tokenizers.codecs.speech_layers import DILATIONS, ConvNeXtBlock, LatentNorm, ResidualUnit, blocks
 
 _FLOOR = 1e-2  # magnitudes far below it are silence; the levels of a recording with a peak of 1 reach about 100
-DILATIONS = (1, 3)
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -150,21 +149,6 @@ class StridedConv(nn.Module):
     def forward(self, samples: Float[Tensor, "B C N"]) -> Float[Tensor, "B D n"]:
         """Return one sample for each stride."""
         return self.conv(F.pad(F.elu(samples), self.padding))
-
-
-class ResidualUnit(nn.Module):
-    """A dilated convolution of 3 samples beside the identity."""
-
-    def __init__(self, width: int, dilation: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.dilated = nn.Conv1d(width, width // 2, 3, padding=dilation, dilation=dilation)
-        self.joined = nn.Conv1d(width // 2, width, 1)
-
-    def forward(self, samples: Float[Tensor, "B C N"]) -> Float[Tensor, "B C N"]:
-        """Return samples of the same shape."""
-        normed = self.norm(samples.transpose(1, 2)).transpose(1, 2)
-        return samples + self.joined(F.elu(self.dilated(F.elu(normed))))
 
 
 class SpeechEncoder(nn.Module):

@@ -1,4 +1,4 @@
-"""Layers of speech codecs over frames (B, T, C); none of them sees farther in time than it says."""
+"""Layers that speech encoders and decoders share; none of them sees farther in time than it says."""
 
 import torch
 import torch.distributed as dist
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+DILATIONS = (1, 3)  # of the residual units at each resolution of samples
 _KERNEL = 7
 
 
@@ -38,6 +39,21 @@ class ConvNeXtBlock(nn.Module):
 def blocks(width: int, n_blocks: int) -> nn.Sequential:
     """Return so many blocks, and the norm that closes them."""
     return nn.Sequential(*(ConvNeXtBlock(width) for _ in range(n_blocks)), nn.LayerNorm(width))
+
+
+class ResidualUnit(nn.Module):
+    """A dilated convolution of 3 samples beside the identity; a sample depends on `dilation` others on each side."""
+
+    def __init__(self, width: int, dilation: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.dilated = nn.Conv1d(width, width // 2, 3, padding=dilation, dilation=dilation)
+        self.joined = nn.Conv1d(width // 2, width, 1)
+
+    def forward(self, samples: Float[Tensor, "B C N"]) -> Float[Tensor, "B C N"]:
+        """Return samples of the same shape."""
+        normed = self.norm(samples.transpose(1, 2)).transpose(1, 2)
+        return samples + self.joined(F.elu(self.dilated(F.elu(normed))))
 
 
 class LatentNorm(nn.Module):
