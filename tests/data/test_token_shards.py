@@ -32,6 +32,7 @@ from omniform.modeling.objectives.next_token import NextToken
 from omniform.tokenizers.audio_files import audio_bytes
 from omniform.tokenizers.base import Latents, Modality
 from omniform.tokenizers.codecs.fsq import FSQConfig
+from omniform.tokenizers.codecs.residual import ResidualConfig
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 from omniform.tokenizers.image_latents import ImagePatchesConfig, ImagePatchesTokenizer
 from omniform.tokenizers.registry import load_modality
@@ -48,7 +49,8 @@ def small(seed: int) -> dict[str, Modality]:
     torch.manual_seed(seed)
     image = ImageTokenizerConfig(patch_size=4, widths=(8,), quantizer=FSQConfig(levels=(4, 3)))
     speech = SpeechTokenizerConfig(width=8, n_blocks=1, quantizer=FSQConfig(levels=(3, 3)))
-    video = VideoTokenizerConfig(patch_size=16, widths=(8,), time_strides=(), quantizer=FSQConfig(levels=(3, 5)))
+    quantizer = ResidualConfig(depth=2, base=FSQConfig(levels=(3, 5)))
+    video = VideoTokenizerConfig(patch_size=16, widths=(8,), time_strides=(), quantizer=quantizer)
     return {
         "text": SentencePieceTokenizer.train(["one digit"], vocab_size=265),
         "image": ImageTokenizer(image, image.build()),
