@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from jaxtyping import Float, Int, Int16
@@ -19,6 +19,9 @@ from omniform.tokenizers.codecs.speech_codec import SpeechCodec
 from omniform.tokenizers.codecs.speech_decoder import SpeechDecoder, STFTHeadConfig, WaveformHeadConfig
 from omniform.tokenizers.codecs.speech_encoder import MelStemConfig, SpeechEncoder, WaveformStemConfig
 from omniform.tokenizers.stream_windows import stream_windows
+
+if TYPE_CHECKING:
+    from omniform.tokenizers.audio_files import Audio
 
 _LEVELS = 2**15  # of 16-bit samples, on each side of 0
 _PAUSE = 0.25  # seconds between the sounds of a comparison
@@ -169,6 +172,22 @@ class SpeechTokenizer(CodecTokenizer[Tokens]):
         from omniform.tokenizers.audio_files import read_audio
 
         return read_audio(payload, self.config.sample_rate)
+
+    def from_audio(self, audio: "Audio") -> Float[Tensor, "N"]:
+        """Turn sound of any rate into an item, as `read` does with a WAV file of it.
+
+        Raises:
+            TokenizerError: no samples, samples that are not numbers, or a rate out of the bounds of `audio_files`.
+        """
+        from omniform.tokenizers.audio_files import audio_bytes
+
+        return self.read(audio_bytes(audio.samples, audio.rate, "wav"))
+
+    def to_audio(self, item: Float[Tensor, "N"]) -> "Audio":
+        """Turn an item into sound."""
+        from omniform.tokenizers.audio_files import Audio
+
+        return Audio(item, self.config.sample_rate)
 
     def compact(self, item: Float[Tensor, "N"]) -> Int16[Tensor, "N"]:
         """Return 16-bit samples."""

@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from pydantic import ValidationError
 from torch import Tensor
 
-from omniform.tokenizers.audio_files import audio_bytes
+from omniform.tokenizers.audio_files import Audio, audio_bytes
 from omniform.tokenizers.base import TokenizerError, Tokens
 from omniform.tokenizers.codecs.fsq import FSQConfig
 from omniform.tokenizers.codecs.residual import ResidualConfig
@@ -185,6 +185,14 @@ def test_files_become_items_and_items_keep_their_16_bits(tokenizer: SpeechTokeni
     assert torch.equal(tokenizer.compact(samples), compact)
     assert torch.equal(tokenizer.compact(tokenizer.read(audio_bytes(samples, 16000, "wav"))), compact)
     assert tokenizer.compact(torch.tensor([1.0])).item() == 2**15 - 1
+
+
+def test_sound_of_any_rate_becomes_an_item_of_the_same_length_in_time(tokenizer: SpeechTokenizer) -> None:
+    item = tokenizer.expand(tokenizer.compact(noise(1600)))
+    audio = tokenizer.to_audio(item)
+    assert audio.rate == 16000
+    assert torch.equal(tokenizer.from_audio(audio), item)
+    assert abs(len(tokenizer.from_audio(Audio(noise(4410), 44100))) - 1600) <= 2
 
 
 def test_a_comparison_is_two_sounds_of_one_length(tokenizer: SpeechTokenizer, tmp_path: Path) -> None:
