@@ -279,10 +279,11 @@ def _encoded_in_parallel(
         connection.send(job)
         busy[connection] = job[0]
 
-    processes, finished = [], False
+    processes, finished, shard = [], False, None
     try:
         for _ in range(min(workers, len(jobs))):
             ours, theirs = context.Pipe()
+            shard = waiting[-1][0]
             process = context.Process(target=_work, args=(theirs, dict(digests), dict(tokenizer_folders)), daemon=True)
             process.start()
             processes.append(process)
@@ -292,13 +293,7 @@ def _encoded_in_parallel(
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
                 shard = busy.pop(connection)
-                try:
-                    complaint = connection.recv()
-                except (EOFError, OSError) as error:
-                    raise DataError(
-                        f"the process that encoded {shard.shard} died: run the command again to continue, with fewer "
-                        "--workers if memory ran out"
-                    ) from error
+                complaint = connection.recv()
                 if complaint is not None:
                     raise DataError(complaint)
                 yield shard
@@ -307,6 +302,11 @@ def _encoded_in_parallel(
                 else:
                     connection.send(None)
         finished = True
+    except (EOFError, OSError) as error:  # of the connection
+        raise DataError(
+            f"the process for {shard and shard.shard} died: run the command again to continue, with fewer --workers if "
+            "memory ran out"
+        ) from error
     finally:
         for process in processes:
             if not finished:
