@@ -132,18 +132,14 @@ class SpeechTokenizer(CodecTokenizer[Tokens]):
     def decode_batch(self, tokens: Sequence[Tokens]) -> list[Float[Tensor, "N"]]:
         """Turn codes into speech.
 
+        Generated codes lie on one axis, and may end anywhere: with Q per frame, the frames that they hold whole are
+        decoded, and no frame is speech of no samples.
+
         Raises:
-            TokenizerError: another grid, no code, or a code outside the codebook.
+            TokenizerError: another grid, or a code outside the codebook.
         """
-        for entry in tokens:
-            if not entry.grid or entry.grid != self._grid(entry.grid[0]) or len(entry.codes) != math.prod(entry.grid):
-                expected = self._grid(1)[1:]
-                raise TokenizerError(
-                    f"{len(entry.codes)} codes of grid {entry.grid}, expected (T, {expected[0]})"
-                    if expected
-                    else f"{len(entry.codes)} codes of grid {entry.grid}, expected (T,)"
-                )
-        return [torch.cat(list(self.decode_stream([entry.codes.view(entry.grid)]))) for entry in tokens]
+        frames = [self._frames(entry) for entry in tokens]
+        return [torch.cat(list(self.decode_stream([codes]))) if len(codes) else torch.zeros(0) for codes in frames]
 
     @torch.no_grad()
     def decode_stream(self, chunks: Iterable[Int[Tensor, "T *Q"]]) -> Iterator[Float[Tensor, "N"]]:
@@ -215,6 +211,16 @@ class SpeechTokenizer(CodecTokenizer[Tokens]):
     def _grid(self, n_frames: int) -> tuple[int, ...]:
         depth = self.codec.quantizer.depth
         return (n_frames,) if depth == 1 else (n_frames, depth)
+
+    def _frames(self, tokens: Tokens) -> Int[Tensor, "T *Q"]:
+        codes, grid, expected = tokens.codes, tuple(tokens.grid), self._grid(1)[1:]
+        n_frames = len(codes) // math.prod(expected)
+        if grid == (len(codes),):
+            return codes[: n_frames * math.prod(expected)].view(n_frames, *expected)
+        if grid != (n_frames, *expected) or len(codes) != math.prod(grid):
+            shape = ", ".join(["T", *map(str, expected)])
+            raise TokenizerError(f"{len(codes)} codes of grid {grid}, expected ({shape}), or all on one axis")
+        return codes.view(grid)
 
     def _silence(self) -> Int[Tensor, "*Q"]:
         """Return the codes of a frame in the midst of silence."""

@@ -1,5 +1,6 @@
 """Speech in chunks: the codes of the whole whatever the chunks, from windows that show all that a code depends on."""
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -168,7 +169,18 @@ def test_codes_of_another_grid_or_codebook_are_refused(tokenizer: SpeechTokenize
     with pytest.raises(TokenizerError, match="codes span"):
         tokenizer.decode(Tokens(good.codes + 100, good.grid))
     with pytest.raises(TokenizerError, match="at least one frame"):
-        tokenizer.decode(Tokens(good.codes[:0], (0, *good.grid[1:])))
+        list(tokenizer.decode_stream([]))
+
+
+@given(st.integers(0, 40))
+def test_a_generated_run_is_decoded_as_far_as_its_frames_are_whole(tokenizer: SpeechTokenizer, n_codes: int) -> None:
+    codes = tokenizer.encode(noise(20 * FRAME)).codes[:n_codes]
+    depth = math.prod(tokenizer.grid(noise(1))[1:])
+    n_frames = len(codes) // depth
+    whole = Tokens(codes[: n_frames * depth], (n_frames, *tokenizer.grid(noise(1))[1:]))
+    decoded = tokenizer.decode(Tokens(codes, (len(codes),)))
+    assert decoded.shape == (n_frames * FRAME,)
+    assert torch.equal(decoded, tokenizer.decode(whole))
 
 
 def test_a_stored_tokenizer_is_the_same(tokenizer: SpeechTokenizer, tmp_path: Path) -> None:
