@@ -74,7 +74,11 @@ def evaluate_tokenizer(
     if all("digit" in entry for entry in about):
         answers = reconstruction.answers(functools.partial(_train_pictures, data_dir / "train"))
     groups = {key: [entry[key] for entry in about] for key in reconstruction.groups if all(key in e for e in about)}
-    figures |= {name: judged_figures(entry, groups if name == JUDGE else {}) for name, entry in answers.items()}
+    sources = [reconstruction.source(entry) for entry in about]
+    figures |= {
+        name: judged_figures(entry, groups if name == JUDGE else {}, None if None in sources else sources)
+        for name, entry in answers.items()
+    }
     if out is not None:
         _write(out, figures, reconstruction, answers)
     return figures

@@ -1,5 +1,6 @@
-"""What the reconstructions of all modalities share: items beside what their tokens give back."""
+"""What the reconstructions of all modalities share: items beside what their tokens give back, and what these cost."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from omniform.inference.reconstruction.codes import token_figures
 from omniform.inference.reconstruction.judged import Answers
-from omniform.tokenizers.base import Latents, Modality, Tokens
+from omniform.tokenizers.base import Continuous, Discrete, Latents, Modality, Tokens
 
 # Given how to read a picture's bytes, and whether altered copies count, returns the pictures of the train split and the
 # digits that they show.
@@ -57,6 +60,12 @@ class Reconstruction(ABC):
         """The digit of each item."""
         return np.array([entry["digit"] for entry in self.about], dtype=np.int64)
 
+    @staticmethod
+    def source(about: Mapping[str, Any]) -> Any:
+        """Return where an item comes from, such as a voice, None where its sample does not say: items of one source are
+        no independent trials of a judge."""
+        return None
+
     @abstractmethod
     def figures(self) -> dict[str, Any]:
         """Return rates that mean something for the modality, and distortions."""
@@ -83,7 +92,43 @@ class Reconstruction(ABC):
         return list(tokenizer.write_comparison([self.before[place] for place in places], stem))
 
 
-def mean_or_none(values: Sequence[float] | npt.NDArray[np.float64]) -> float | None:
-    """Return the mean, None where it is infinite, which JSON cannot hold: such is the PSNR of an exact round trip."""
-    mean = float(np.mean(values))
-    return mean if np.isfinite(mean) else None
+def token_figures(tokens: Sequence[Tokens | Latents], representation: Discrete | Continuous) -> dict[str, Any]:
+    """Return how many tokens an item takes; of codes also the bits and how the codebook is used, of vectors how many
+    numbers they are."""
+    codes = [entry.codes for entry in tokens if isinstance(entry, Tokens)]
+    if isinstance(representation, Discrete):
+        per_item = sum(map(len, codes)) / len(tokens)
+        return {
+            "codebook_size": representation.vocab_size,
+            "tokens_per_item": per_item,
+            "bits_per_item": per_item * math.log2(representation.vocab_size),
+            **code_use(torch.cat(codes), representation.vocab_size),
+        }
+    per_item = sum(math.prod(entry.grid) for entry in tokens) / len(tokens)
+    return {
+        "channels": representation.channels,
+        "tokens_per_item": per_item,
+        "numbers_per_item": per_item * representation.channels,
+    }
+
+
+def code_use(codes: Int[Tensor, "N"], size: int) -> dict[str, float]:
+    """Return the fraction of codes that occur, and the perplexity exp(H) of how often each occurs: the number of
+    equally used codes that would be as varied."""
+    counts = torch.bincount(codes, minlength=size).double()
+    frequencies = counts[counts > 0] / counts.sum()
+    return {
+        "code_use": len(frequencies) / size,
+        "perplexity": float(torch.exp(-(frequencies * frequencies.log()).sum())),
+    }
+
+
+def mean_figure(name: str, values: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, float | None]:
+    """Return the mean of the finite values under `name`, None where there are none.
+
+    Others, such as the infinite PSNR of an exact round trip, are counted under `name`_left_out where there are any.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    finite = array[np.isfinite(array)]
+    figure: dict[str, float | None] = {name: float(finite.mean()) if len(finite) else None}
+    return figure if len(finite) == len(array) else {**figure, f"{name}_left_out": len(array) - len(finite)}

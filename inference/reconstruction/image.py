@@ -1,6 +1,6 @@
 """What comes back of images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from omniform.inference.judges import DigitImageJudge
-from omniform.inference.reconstruction.base import Reconstruction, TrainPictures, mean_or_none
+from omniform.inference.reconstruction.base import Reconstruction, TrainPictures, mean_figure
 from omniform.inference.reconstruction.judged import JUDGE, Answers
 from omniform.inference.reconstruction.pictures import psnr, ssim
 
@@ -29,13 +29,18 @@ class ImageReconstruction(Reconstruction):
         rate = {} if bits is None else {"bits_per_pixel": bits / self._gray[0][0].size}
         return {
             **rate,
-            "psnr_db": mean_or_none(-self.distortions()),
+            **mean_figure("psnr_db", -self.distortions()),
             "ssim": float(np.mean([ssim(a, b) for a, b in pairs])),
         }
 
     def distortions(self) -> npt.NDArray[np.float64]:
         """Return the PSNR of each item with its sign turned."""
         return np.array([-psnr(a, b) for a, b in zip(*self._gray, strict=True)])
+
+    @staticmethod
+    def source(about: Mapping[str, Any]) -> Any:
+        """Return the row of the drawing."""
+        return about.get("row")
 
     def answers(self, train_pictures: TrainPictures) -> dict[str, Answers]:
         """Return the answers of a judge that is fitted on the train images, as the tokenizer reads them."""

@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from omniform.inference.judges import NO_ANSWER, wilson_interval
+from omniform.kernels.keyed_noise import keyed_uniform, stream
 
 JUDGE = "judge"  # the name of the figures of the judge of digits
 N_CONFUSIONS = 8
+N_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,33 @@ class _Part:
         }
 
 
-def judged_figures(answers: Answers, groups: Mapping[str, Sequence[Any]] | None = None) -> dict[str, Any]:
-    """Return accuracies with their 95% intervals (Wilson), their ratio, and where the judge errs after the round trip.
+def judged_figures(
+    answers: Answers, groups: Mapping[str, Sequence[Any]] | None = None, sources: Sequence[Any] | None = None
+) -> dict[str, Any]:
+    """Return accuracies, their ratio, 95% intervals of the three, and where the judge errs after the round trip.
+
+    Items of one source, such as a voice, are alike, so what is drawn anew for an interval are whole sources. Where each
+    item has a source of its own, accuracies have Wilson intervals.
 
     Args:
         groups: what sets items apart, such as {"voice": the voice of each item}.
+        sources: where each item comes from; None: each from elsewhere.
 
     Returns:
-        {"n", "accuracy_before", "ci95_before", "accuracy_after", "ci95_after", "ratio", "per_class", "by_GROUP",
-        "confusions"}: confusions are the N_CONFUSIONS most frequent pairs of a class and another answer.
+        {"n", "n_sources", "accuracy_before", "ci95_before", "accuracy_after", "ci95_after", "ratio", "ci95_ratio",
+        "per_class", "by_GROUP", "confusions"}: the ratio is after over before, 0 where nothing is right before;
+        confusions are the N_CONFUSIONS most frequent pairs of a class and another answer.
     """
     n = len(answers.right)
     whole = _Part(answers, np.ones(n, dtype=bool)).figures()
-    intervals = {
-        f"ci95_{side}": list(wilson_interval(int((said == answers.right).sum()), n))
-        for side, said in (("before", answers.before), ("after", answers.after))
-    }
+    source_of = np.unique(np.arange(n) if sources is None else np.array(list(map(str, sources))), return_inverse=True)[
+        1
+    ]
+    intervals = _bootstrap_intervals(answers, source_of)
+    n_sources = int(source_of.max()) + 1
+    if n_sources == n:
+        for side, said in (("before", answers.before), ("after", answers.after)):
+            intervals[f"ci95_{side}"] = list(wilson_interval(int((said == answers.right).sum()), n))
     wrong = Counter(
         (right, after)
         for right, after in zip(answers.right.tolist(), answers.after.tolist(), strict=True)
@@ -75,6 +88,7 @@ def judged_figures(answers: Answers, groups: Mapping[str, Sequence[Any]] | None 
     )
     figures = {
         **whole,
+        "n_sources": n_sources,
         **intervals,
         "ratio": whole["accuracy_after"] / whole["accuracy_before"] if whole["accuracy_before"] else 0.0,
         "per_class": {
@@ -92,3 +106,28 @@ def judged_figures(answers: Answers, groups: Mapping[str, Sequence[Any]] | None 
         for (right, after), count in sorted(wrong.items(), key=lambda entry: (-entry[1], entry[0]))[:N_CONFUSIONS]
     ]
     return figures
+
+
+def _bootstrap_intervals(answers: Answers, source_of: npt.NDArray[np.int64]) -> dict[str, list[float]]:
+    """Return percentile intervals over N_RESAMPLES draws of as many sources as there are, each with all of its items.
+
+    Both accuracies of a draw are of the same sources, so that the interval of their ratio is that of paired trials. The
+    draws are keyed: the same for any two tokenizers on the same items.
+
+    Source: Efron and Tibshirani (1993), An Introduction to the Bootstrap, section 13.3; whole sources as in Davison and
+    Hinkley (1997), Bootstrap Methods and their Application, section 3.8.
+    """
+    right = [said == answers.right for said in (answers.before, answers.after)]
+    counts = np.stack(
+        [np.bincount(source_of, weights=of) for of in (np.ones(len(source_of)), *right)], axis=1
+    )  # (S, 3)
+    places, key = np.arange(len(counts)), stream("bootstrap of judged items")
+    drawn = (
+        counts[(keyed_uniform(key, draw, places) * len(counts)).astype(np.int64)].sum(0) for draw in range(N_RESAMPLES)
+    )
+    n, before, after = np.stack(list(drawn), axis=1)
+    ratio = np.divide(after, before, out=np.zeros_like(after), where=before > 0)
+    return {
+        f"ci95_{name}": np.quantile(values, [0.025, 0.975]).tolist()
+        for name, values in (("before", before / n), ("after", after / n), ("ratio", ratio))
+    }

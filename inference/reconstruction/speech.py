@@ -1,7 +1,7 @@
 """What comes back of speech."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float
 
 from omniform.errors import OmniformError
-from omniform.inference.reconstruction.base import Reconstruction, TrainPictures, mean_or_none
-from omniform.inference.reconstruction.codes import code_use
+from omniform.inference.reconstruction.base import Reconstruction, TrainPictures, code_use, mean_figure
 from omniform.inference.reconstruction.judged import JUDGE, Answers
 from omniform.inference.reconstruction.sounds import (
     log_mel_distance,
@@ -53,14 +52,19 @@ class SpeechReconstruction(Reconstruction):
             "bits_per_second": self.rates["bits_per_item"] * len(self.before) / seconds,
             **self._by_codebook(),
             "log_mel_distance_db": float(self.distortions().mean()),
-            "spectral_convergence": mean_or_none([spectral_convergence(a, b) for a, b in self._pairs]),
-            "si_sdr_db": mean_or_none([si_sdr(a, b) for a, b in self._pairs]),
+            **mean_figure("spectral_convergence", [spectral_convergence(a, b) for a, b in self._pairs]),
+            **mean_figure("si_sdr_db", [si_sdr(a, b) for a, b in self._pairs]),
             "encoding_times_real_time": self._encoding_speed(),
         }
 
     def distortions(self) -> npt.NDArray[np.float64]:
         """Return the log-mel distance of each item in dB."""
         return self._distances
+
+    @staticmethod
+    def source(about: Mapping[str, Any]) -> Any:
+        """Return the voice."""
+        return about.get("voice")
 
     def answers(self, train_pictures: TrainPictures) -> dict[str, Answers]:
         """Return the digits that the speech judge hears; the motion that a sample says too does not count.

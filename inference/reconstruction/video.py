@@ -1,5 +1,6 @@
 """What comes back of videos."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy.typing as npt
 from jaxtyping import Float
 
 from omniform.inference.judges import MOTIONS, at_judged_size
-from omniform.inference.reconstruction.base import Reconstruction, TrainPictures, mean_or_none
+from omniform.inference.reconstruction.base import Reconstruction, TrainPictures, mean_figure
 from omniform.inference.reconstruction.judged import JUDGE, Answers
 from omniform.inference.reconstruction.pictures import psnr, ssim
 from omniform.inference.video_judge import VideoJudge
@@ -36,10 +37,11 @@ class VideoReconstruction(Reconstruction):
             "tokens_per_second": n_tokens / seconds,
             "bits_per_second": bits / seconds,
             "bits_per_pixel": bits / sum(frames.size for frames, _ in self._pairs),
-            "psnr_db": mean_or_none(-self.distortions()),
-            "psnr_first_frame_db": mean_or_none([psnr(a[0], b[0]) for a, b in self._pairs]),
-            "psnr_differences_db": mean_or_none(
-                [psnr(np.diff(a, axis=0), np.diff(b, axis=0), 4.0) for a, b in self._pairs if len(a) > 1]
+            **mean_figure("psnr_db", -self.distortions()),
+            **mean_figure("psnr_first_frame_db", [psnr(a[0], b[0]) for a, b in self._pairs]),
+            **mean_figure(
+                "psnr_differences_db",
+                [psnr(np.diff(a, axis=0), np.diff(b, axis=0), 4.0) for a, b in self._pairs if len(a) > 1],
             ),
             "ssim": float(np.mean([ssim(*frames) for pair in self._pairs for frames in zip(*pair, strict=True)])),
         }
@@ -47,6 +49,11 @@ class VideoReconstruction(Reconstruction):
     def distortions(self) -> npt.NDArray[np.float64]:
         """Return the PSNR of each item, over all of its pixels, with its sign turned."""
         return np.array([-psnr(a, b) for a, b in self._pairs])
+
+    @staticmethod
+    def source(about: Mapping[str, Any]) -> Any:
+        """Return the row of the drawing that moves; a picture beside the video may be another."""
+        return about.get("clip", about).get("row")
 
     def answers(self, train_pictures: TrainPictures) -> dict[str, Answers]:
         """Return the digits, and the motions where all samples say one, of a judge fitted on the train pictures."""

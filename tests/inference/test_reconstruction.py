@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import ShortTimeFFT
 from scipy.signal.windows import hann
+from scipy.stats import bootstrap
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from omniform.errors import OmniformError
 from omniform.inference.judges import NO_ANSWER, wilson_interval
-from omniform.inference.reconstruction.codes import code_use, token_figures
+from omniform.inference.reconstruction.base import code_use, mean_figure, token_figures
 from omniform.inference.reconstruction.judged import Answers, judged_figures
 from omniform.inference.reconstruction.pictures import psnr, ssim
 from omniform.inference.reconstruction.sounds import (
@@ -67,6 +68,13 @@ def test_code_figures_are_counts(codes: list[list[int]]) -> None:
     assert code_use(torch.tensor(every), 8).items() <= figures.items()
 
 
+def test_means_leave_out_what_is_infinite_and_say_so() -> None:
+    assert mean_figure("psnr_db", [1.0, 3.0]) == {"psnr_db": 2}
+    assert mean_figure("psnr_db", [1.0, math.inf, 3.0, -math.inf]) == {"psnr_db": 2, "psnr_db_left_out": 2}
+    assert mean_figure("psnr_db", np.array([math.inf])) == {"psnr_db": None, "psnr_db_left_out": 1}
+    assert mean_figure("psnr_db", []) == {"psnr_db": None}
+
+
 def test_vectors_have_channels_instead_of_codes() -> None:
     figures = token_figures([Latents(torch.zeros(6, 4), (2, 3)), Latents(torch.zeros(2, 4), (1, 2))], Continuous(4))
     assert figures == {"channels": 4, "tokens_per_item": 4, "numbers_per_item": 16}
@@ -84,8 +92,50 @@ def test_judged_figures_by_class_and_group() -> None:
         {"right": "1", "judged": "2", "n": 2},
         {"right": "0", "judged": "none", "n": 1},
     ]
+    assert figures["n_sources"] == 5
     named = judged_figures(Answers(np.array([0]), np.array([1]), np.array([0]), names=("still", "left")))
     assert named["confusions"] == [{"right": "still", "judged": "left", "n": 1}]
+
+
+def answers_of(right_before: Any, right_after: Any) -> Answers:
+    return Answers(np.where(right_before, 1, 0), np.where(right_after, 1, 0), np.ones(len(right_before), int))
+
+
+@given(seed=st.integers(0, 2**16))
+@settings(max_examples=10)
+def test_intervals_draw_whole_sources_as_scipy_does(seed: int) -> None:
+    """Against scipy's bootstrap of (items, right before, right after) of each source; both draw at random."""
+    random = np.random.default_rng(seed)
+    source_of = np.repeat(np.arange(12), random.integers(5, 30, 12))
+    ease = random.uniform(0.5, 1, 12)[source_of]
+    before, after = random.random(len(ease)) < ease, random.random(len(ease)) < 0.8 * ease
+    figures = judged_figures(answers_of(before, after), sources=source_of.tolist())
+    columns = [np.bincount(source_of, weights=of) for of in (np.ones(len(ease)), before, after)]
+    for key, over, under in (("before", 1, 0), ("after", 2, 0), ("ratio", 2, 1)):
+        reference = bootstrap(
+            columns,
+            lambda *drawn, over=over, under=under, axis=-1: drawn[over].sum(axis) / drawn[under].sum(axis),
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            n_resamples=4000,
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        width = reference.high - reference.low
+        assert figures[f"ci95_{key}"] == pytest.approx([reference.low, reference.high], abs=0.12 * width)
+    assert figures["n_sources"] == 12
+
+
+@given(right=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=20), copies=st.integers(2, 5))
+@settings(max_examples=20)
+def test_copies_of_items_narrow_no_interval(right: list[tuple[bool, bool]], copies: int) -> None:
+    before, after = np.array(right).T
+    alone = judged_figures(answers_of(before, after))
+    names = [f"voice {place:02d}" for place in range(len(right))] * copies
+    repeated = judged_figures(answers_of(np.tile(before, copies), np.tile(after, copies)), sources=names)
+    assert repeated["n_sources"] == alone["n_sources"] == len(right)
+    assert repeated["ci95_ratio"] == pytest.approx(alone["ci95_ratio"])
+    assert alone["ci95_before"] == list(wilson_interval(int(before.sum()), len(right)))
 
 
 @given(seed=st.integers(0, 2**16), length=st.integers(512, 3000), window=st.sampled_from([256, 512]))
