@@ -12,7 +12,7 @@ import numpy.typing as npt
 from omniform.data.sealed import write_atomically
 from omniform.data.shards import ShardReader
 from omniform.errors import OmniformError
-from omniform.inference.reconstruction.base import Reconstruction
+from omniform.inference.reconstruction.base import Reconstruction, token_figures
 from omniform.inference.reconstruction.image import ImageReconstruction
 from omniform.inference.reconstruction.judged import JUDGE, Answers, judged_figures
 from omniform.inference.reconstruction.speech import SpeechReconstruction
@@ -34,65 +34,89 @@ _N_EXAMPLES = {"as it came": 10, "lost": 8, "worst": 4, "best": 4}
 
 
 def evaluate_tokenizer(
-    folder: Path, data_dir: Path, split: str = "test", *, limit: int | None = None, out: Path | None = None
+    folder: Path,
+    data_dir: Path,
+    split: str = "test",
+    *,
+    subset: str | None = None,
+    limit: int | None = None,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Encode and decode every item of a split that the tokenizer is for, and compare.
 
-    What is measured depends on the modality: see `figures` in the files of reconstruction/. Where every sample says a
-    digit, judges answer before and after the round trip: for pictures fitted on the train pictures and their altered
-    copies, for videos on the train pictures alone, for speech one that others have trained.
+    What is measured depends on the modality: see `figures` in the files of reconstruction/; of a modality that has none
+    there, what its tokens cost and nothing else. Where every sample says a digit, judges answer before and after the
+    round trip: for pictures fitted on the train pictures and their altered copies, for videos on the train pictures
+    alone, for speech one that others have trained.
 
     Args:
         folder: of the tokenizer, or the run folder that holds it as tokenizer/.
         data_dir: a world, whose splits are subfolders. Items are those of data_dir/SPLIT, else of
             data_dir/SPLIT-MODALITY, else of the first other folder SPLIT-* that holds any.
         split: held-out items to encode.
+        subset: take the items of data_dir/SPLIT-SUBSET instead.
         limit: use only so many samples, spread evenly over the folder.
         out: folder for tokenizer.json; examples.json with some items before and after in examples/, both as they came
-            and the worst, and an overview of the first N_SHOWN.
+            and the worst, and an overview of the first N_SHOWN. Those of an earlier evaluation are removed first.
 
     Returns:
         The content of tokenizer.json; floats of JSON.
 
     Raises:
-        OmniformError: the tokenizer or the data cannot be read, or the split holds nothing of the modality.
+        OmniformError: the tokenizer or the data cannot be read, the split holds nothing of the modality, or `out` can
+            be no folder.
     """
+    if out is not None:
+        _prepare(out)
     in_run = folder / "tokenizer"
     tokenizer = load_modality(in_run if in_run.is_dir() else folder)
-    source, items, about = _held_out(tokenizer, data_dir, split, limit)
-    reconstruction = RECONSTRUCTIONS[tokenizer.name].of(tokenizer, items, about)
+    source, items, about = _held_out(tokenizer, data_dir, split, subset, limit)
     figures = {
         "modality": tokenizer.name,
         "kind": tokenizer.kind,
         "split": split,
         "folder": source.name,
         "n": len(items),
-        **reconstruction.rates,
-        **reconstruction.figures(),
     }
-    answers: dict[str, Answers] = {}
-    if all("digit" in entry for entry in about):
-        answers = reconstruction.answers(functools.partial(_train_pictures, data_dir / "train"))
-    groups = {key: [entry[key] for entry in about] for key in reconstruction.groups if all(key in e for e in about)}
-    sources = [reconstruction.source(entry) for entry in about]
-    figures |= {
-        name: judged_figures(entry, groups if name == JUDGE else {}, None if None in sources else sources)
-        for name, entry in answers.items()
-    }
+    if tokenizer.name in RECONSTRUCTIONS:
+        reconstruction = RECONSTRUCTIONS[tokenizer.name].of(tokenizer, items, about)
+        figures |= reconstruction.rates | reconstruction.figures()
+        answers: dict[str, Answers] = {}
+        if all("digit" in entry for entry in about):
+            answers = reconstruction.answers(functools.partial(_train_pictures, data_dir / "train"))
+        figures |= _judged(reconstruction, answers)
+        if out is not None:
+            _write_examples(out, reconstruction, answers)
+    else:
+        figures |= token_figures(tokenizer.encode_batch(items), tokenizer.representation)
+        figures["distances"] = f"none are known for {tokenizer.name}"
     if out is not None:
-        _write(out, figures, reconstruction, answers)
+        write_atomically(out / FIGURES, json.dumps(figures, indent=2).encode() + b"\n")
     return figures
 
 
+def _prepare(out: Path) -> None:
+    """Make a folder for results, without the examples and the overview of the evaluation before, if there was one."""
+    try:
+        (out / "examples").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OmniformError(f"{out} cannot be a folder for results ({error.strerror}): give --out another") from error
+    if (out / FIGURES).exists():
+        for path in (*(out / "examples").glob("[0-9][0-9][0-9][0-9]*"), *out.glob(f"{OVERVIEW}*"), out / EXAMPLES):
+            path.unlink(missing_ok=True)
+
+
 def _held_out(
-    tokenizer: Modality[Any], data_dir: Path, split: str, limit: int | None
+    tokenizer: Modality[Any], data_dir: Path, split: str, subset: str | None, limit: int | None
 ) -> tuple[Path, list[Any], list[Mapping[str, Any]]]:
     """Return the folder that was read, every item of the tokenizer's modality in it, and what its sample says of it."""
-    preferred = [data_dir / split, data_dir / f"{split}-{tokenizer.name}"]
-    others = sorted(path for path in data_dir.glob(f"{split}-*") if path.is_dir() and path not in preferred)
-    for folder in (*preferred, *others):
-        if not folder.is_dir():
-            continue
+    folders = [data_dir / split, data_dir / f"{split}-{tokenizer.name}"]
+    folders += [folder for folder in sorted(data_dir.glob(f"{split}-*")) if folder not in folders]
+    searched = f"{data_dir / split} and {data_dir / split}-* hold"
+    if subset is not None:
+        folders = [data_dir / f"{split}-{subset}"]
+        searched = f"{folders[0]} holds"
+    for folder in filter(Path.is_dir, folders):
         items: list[Any] = []
         about: list[Mapping[str, Any]] = []
         reader = ShardReader(folder)
@@ -106,9 +130,18 @@ def _held_out(
         if items:
             return folder, items, about
     raise OmniformError(
-        f"{data_dir / split} and {data_dir / split}-* hold no {tokenizer.name}, which this tokenizer is for: give the "
-        "folder of a world that does"
+        f"{searched} no {tokenizer.name}, which this tokenizer is for: give the folder of a world that does"
     )
+
+
+def _judged(reconstruction: Reconstruction, answers: Mapping[str, Answers]) -> dict[str, Any]:
+    about = reconstruction.about
+    groups = {key: [entry[key] for entry in about] for key in reconstruction.groups if all(key in e for e in about)}
+    sources = [reconstruction.source(entry) for entry in about]
+    return {
+        name: judged_figures(said, groups if name == JUDGE else {}, None if None in sources else sources)
+        for name, said in answers.items()
+    }
 
 
 def _train_pictures(
@@ -125,10 +158,7 @@ def _train_pictures(
     return pictures, np.array(digits, dtype=np.int64)
 
 
-def _write(
-    out: Path, figures: Mapping[str, Any], reconstruction: Reconstruction, answers: Mapping[str, Answers]
-) -> None:
-    (out / "examples").mkdir(parents=True, exist_ok=True)
+def _write_examples(out: Path, reconstruction: Reconstruction, answers: Mapping[str, Answers]) -> None:
     distortions = reconstruction.distortions()
     told = []
     for kind, place in _chosen(distortions, answers):
@@ -144,7 +174,6 @@ def _write(
         told.append(entry | reconstruction.write_example(place, out / "examples" / f"{place:04d}"))
     reconstruction.write_comparison(range(min(N_SHOWN, len(distortions))), out / OVERVIEW)
     write_atomically(out / EXAMPLES, json.dumps(told, indent=1).encode() + b"\n")
-    write_atomically(out / FIGURES, json.dumps(figures, indent=2).encode() + b"\n")
 
 
 def _chosen(distortions: npt.NDArray[np.float64], answers: Mapping[str, Answers]) -> list[tuple[str, int]]:

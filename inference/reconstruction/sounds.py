@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from omniform.tokenizers.codecs.spectrogram import mel_filters
+
 # Samples per window: 16, 32 and 64 ms at 16 kHz.
 RESOLUTIONS = (256, 512, 1024)
 N_MELS, MEL_WINDOW, MEL_HOP = 64, 512, 160
@@ -23,14 +25,11 @@ def spectrum(samples: Float[np.ndarray, "N"], window: int, hop: int) -> Float[np
 
 
 def mel_levels(samples: Float[np.ndarray, "N"], rate: int) -> Float[np.ndarray, "T M"]:
-    """Return levels in dB of N_MELS bands, equally wide on the mel scale 2595 log10(1 + Hz / 700) up to half the rate.
+    """Return levels in dB of the N_MELS bands of `mel_filters`.
 
     0 dB is a magnitude of 1; nothing is below -200 dB.
     """
-    edges = 700 * (10 ** (np.linspace(0, math.log10(1 + rate / 1400), N_MELS + 2)) - 1)
-    hertz = np.linspace(0, rate / 2, MEL_WINDOW // 2 + 1)[:, None]
-    rising, falling = (hertz - edges[:-2]) / np.diff(edges[:-1]), (edges[2:] - hertz) / np.diff(edges[1:])
-    bands = np.minimum(rising, falling).clip(0)
+    bands = mel_filters(MEL_WINDOW, N_MELS, rate).numpy()
     return 20 * np.log10(np.maximum(spectrum(samples, MEL_WINDOW, MEL_HOP) @ bands, 1e-10))
 
 

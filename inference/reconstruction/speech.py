@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 
 from omniform.errors import OmniformError
+from omniform.inference.judges import MOTIONS, NO_ANSWER
 from omniform.inference.reconstruction.base import Reconstruction, TrainPictures, code_use, mean_figure
 from omniform.inference.reconstruction.judged import JUDGE, Answers
 from omniform.inference.reconstruction.sounds import (
@@ -25,6 +26,7 @@ from omniform.tokenizers.audio_files import write_audio
 from omniform.tokenizers.base import Tokens
 
 _TIMED = 100  # items whose encoding is timed
+_PLAYED_SECONDS = 10.0  # of an example: a report holds its sounds
 
 
 class SpeechReconstruction(Reconstruction):
@@ -67,7 +69,7 @@ class SpeechReconstruction(Reconstruction):
         return about.get("voice")
 
     def answers(self, train_pictures: TrainPictures) -> dict[str, Answers]:
-        """Return the digits that the speech judge hears; the motion that a sample says too does not count.
+        """Return the digits that the speech judge hears, and the motions where all samples say one.
 
         Raises:
             OmniformError: another sample rate than the judge's.
@@ -77,12 +79,18 @@ class SpeechReconstruction(Reconstruction):
                 f"this speech tokenizer has {self.rate} Hz, but the judge hears {SAMPLE_RATE}: choose that sample_rate"
             )
         judge = SpeechJudge()
-        after, before = (self._heard(judge, [pair[side] for pair in self._pairs]) for side in (0, 1))
-        return {JUDGE: Answers(before, after, self.digits)}
+        (after, moves_after), (before, moves_before) = (
+            self._heard(judge, [pair[side] for pair in self._pairs]) for side in (0, 1)
+        )
+        answers = {JUDGE: Answers(before, after, self.digits)}
+        if self._phrases.all():
+            right = np.array([MOTIONS.index(entry["motion"]) for entry in self.about])
+            answers["motion_judge"] = Answers(moves_before, moves_after, right, MOTIONS)
+        return answers
 
     def write_example(self, place: int, stem: Path) -> dict[str, str]:
-        """Write both sounds as WAV files, and one picture of their spectra."""
-        after, before = self._pairs[place]
+        """Write the first seconds of both sounds as WAV files, and one picture of their spectra."""
+        after, before = (samples[: round(_PLAYED_SECONDS * self.rate)] for samples in self._pairs[place])
         paths = {"before": f"{stem.name}-before.wav", "after": f"{stem.name}-after.wav", "picture": f"{stem.name}.png"}
         for side, samples in (("before", before), ("after", after)):
             write_audio(stem.with_name(paths[side]), torch.from_numpy(samples), self.rate)
@@ -102,13 +110,23 @@ class SpeechReconstruction(Reconstruction):
     def _distances(self) -> npt.NDArray[np.float64]:
         return np.array([log_mel_distance(after, before, self.rate) for after, before in self._pairs])
 
-    def _heard(self, judge: SpeechJudge, sounds: Sequence[Float[np.ndarray, "N"]]) -> npt.NDArray[np.int64]:
-        """Return digits, heard with the grammar of what each sample says."""
-        answers = np.empty(len(sounds), dtype=np.int64)
-        phrase = np.array([entry.get("says") == "digit and motion" for entry in self.about])
-        for grammar, of in ((judge.predict, ~phrase), (lambda items: judge.predict_phrases(items)[0], phrase)):
-            answers[of] = grammar([torch.from_numpy(sounds[place]) for place in np.flatnonzero(of).tolist()])
-        return answers
+    @property
+    def _phrases(self) -> npt.NDArray[np.bool_]:
+        """Whether each item says a motion after its digit."""
+        return np.array([entry.get("says") == "digit and motion" for entry in self.about])
+
+    def _heard(
+        self, judge: SpeechJudge, sounds: Sequence[Float[np.ndarray, "N"]]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return digits and motions, heard with the grammar of what each sample says; words say no motion."""
+        digits, motions = np.full((2, len(sounds)), NO_ANSWER)
+        words, phrases = (
+            [torch.from_numpy(sounds[place]) for place in np.flatnonzero(of).tolist()]
+            for of in (~self._phrases, self._phrases)
+        )
+        digits[~self._phrases] = judge.predict(words)
+        digits[self._phrases], motions[self._phrases] = judge.predict_phrases(phrases)
+        return digits, motions
 
     def _by_codebook(self) -> dict[str, Any]:
         """Return how each codebook is used, where frames have codes of several."""

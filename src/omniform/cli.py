@@ -269,6 +269,9 @@ def tokenizer_eval(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Tokenizer folder.")],
     data: Annotated[Path, typer.Option(help="World that holds the held-out data.")] = Path("runs/demo/data"),
     split: Annotated[Literal["validation", "test"], typer.Option(help="Held-out items to encode.")] = "test",
+    subset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Encode those of the world's folder SPLIT-NAME.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for figures, items before and after, and report.html.")
     ] = None,
@@ -279,7 +282,7 @@ def tokenizer_eval(
     from omniform.inference.tokenizer_evaluation import evaluate_tokenizer
     from omniform.tokenizer_report import figures_as_text, write_tokenizer_report
 
-    figures = evaluate_tokenizer(folder, data, split=split, limit=limit, out=out)
+    figures = evaluate_tokenizer(folder, data, split=split, subset=subset, limit=limit, out=out)
     report = None if out is None else write_tokenizer_report(out)
     if as_json:
         print_json(figures)

@@ -83,6 +83,12 @@ def data_url(file: Path) -> str:
     return f"data:{_TYPES[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
+def shortened(text: str, longest: int = 80) -> str:
+    """Return at most `longest` characters of a text and "..." for others, all of which can be shown."""
+    shown = "".join(character if character.isprintable() else "\ufffd" for character in text[: longest + 1])
+    return (shown if len(shown) <= longest else f"{shown[:longest]}...") or "(nothing)"
+
+
 def percent(value: float, decimals: int = 1) -> str:
     """Return a fraction as a percentage."""
     return f"{100 * value:.{decimals}f}%"

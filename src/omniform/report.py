@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omniform.page import data_url, interval, page, percent, table, text_columns, tiles
+from omniform.data.sealed import write_atomically
+from omniform.page import data_url, interval, page, percent, shortened, table, text_columns, tiles
 from omniform.tokenizer_report import tokenizer_section
 
 REPORT = "report.html"
 _N_PER_DIGIT = 2
-_LONGEST_TEXT = 80
 
 
 def write_report(folder: Path, commands: Sequence[str], note: str = "") -> Path:
@@ -38,7 +38,7 @@ def write_report(folder: Path, commands: Sequence[str], note: str = "") -> Path:
         f"<h2>How to repeat it</h2><pre>{html.escape(chr(10).join(commands))}</pre>",
     ]
     path = folder / REPORT
-    path.write_text(page("Omniform demo report", sections), encoding="utf-8")
+    write_atomically(path, page("Omniform demo report", sections).encode())
     return path
 
 
@@ -134,7 +134,7 @@ def _sample(entry: Mapping[str, Any]) -> str:
     expected = f", expected {entry['digit']}" if wrong else ""
     shown = f"<em>{'wrong' if wrong else 'right'}: {verdict}{expected}</em>"
     pictures = "".join(f'<img src="{html.escape(p["image"])}" alt="">' for p in _sides(entry) if "image" in p)
-    texts = " &rarr; ".join(html.escape(_shortened(p["text"])) for p in _sides(entry) if "text" in p)
+    texts = " &rarr; ".join(html.escape(shortened(p["text"])) for p in _sides(entry) if "text" in p)
     return f"<figure{' class=wrong' if wrong else ''}>{pictures}<figcaption>{texts}<br>{shown}</figcaption></figure>"
 
 
@@ -147,7 +147,13 @@ def _documents(metrics: Mapping[str, Any], path: Path) -> str:
         for name, figure in figures.items():
             others = ("-" if figure[key] is None else percent(figure[key]) for key in ("chance", "ceiling"))
             rows.append(
-                (f"{kind}: {name}", percent(figure["accuracy"]), interval(figure["ci95"]), str(figure["n"]), *others)
+                (
+                    html.escape(f"{kind}: {name}"),
+                    percent(figure["accuracy"]),
+                    interval(figure["ci95"]),
+                    str(figure["n"]),
+                    *others,
+                )
             )
     shown = "".join(map(_document, _read_json(path)))
     return (
@@ -168,7 +174,7 @@ def _document(entry: Mapping[str, Any]) -> str:
         return "".join(
             f'<img src="{html.escape(part["image"])}" alt="">'
             if "image" in part
-            else f"<span>{html.escape(_shortened(part['text']))}</span>"
+            else f"<span>{html.escape(shortened(part['text']))}</span>"
             for part in parts
         )
 
@@ -177,12 +183,6 @@ def _document(entry: Mapping[str, Any]) -> str:
         f"<figure{'' if entry['right'] else ' class=wrong'}><div class=turns>{cells(entry['prompt'])}<b>|</b>"
         f"{cells(entry['reply'])}</div><figcaption>{verdict}</figcaption></figure>"
     )
-
-
-def _shortened(text: str) -> str:
-    """Return at most `_LONGEST_TEXT` characters, all of which can be shown."""
-    shown = "".join(character if character.isprintable() else "\ufffd" for character in text)
-    return (shown if len(shown) <= _LONGEST_TEXT else f"{shown[:_LONGEST_TEXT]}...") or "(nothing)"
 
 
 def _sides(entry: Mapping[str, Any]) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -212,7 +212,7 @@ def _curves(folder: Path) -> str:
         charts += [line_chart(points, f"{run}: {name}") for name, points in series.items()]
         if stages:
             told = ", ".join(f"{html.escape(name)} to step {last}" for name, last in stages.items())
-            notes.append(f'<p class="note">Stages of {run}: {told}.</p>')
+            notes.append(f'<p class="note">Stages of {html.escape(run)}: {told}.</p>')
     shown = f'<h2>Loss while training</h2>{"".join(notes)}<div class="charts">{"".join(charts)}</div>'
     parts = [shown] if charts else []
     pictures = sorted(folder.glob("run/samples/step-*/images.png"), key=lambda path: int(path.parent.name[5:]))

@@ -3,10 +3,12 @@
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from omniform.page import data_url, interval, number, page, percent, table, text_columns, tiles
+from omniform.data.sealed import write_atomically
+from omniform.page import data_url, interval, number, page, percent, shortened, table, text_columns, tiles
 
 REPORT = "report.html"
 _WORDS = {
@@ -25,6 +27,7 @@ _KINDS = {
     "best": "Best by distortion",
 }
 _SIDES = ("before", "after")
+_LONGEST_TEXT, _LED_BY = 200, 40  # characters of a text that are shown, and of those before the first that has changed
 _IN_TITLE = ("modality", "kind", "folder", "n")
 
 
@@ -37,7 +40,7 @@ def write_tokenizer_report(folder: Path) -> Path:
         f"encoded and decoded.</p>{tiles(_tiles(figures))}</header>"
     )
     path = folder / REPORT
-    path.write_text(page(title, [lead, tokenizer_section(folder)]), encoding="utf-8")
+    write_atomically(path, page(title, [lead, tokenizer_section(folder)]).encode())
     return path
 
 
@@ -54,7 +57,8 @@ def tokenizer_section(folder: Path) -> str:
     parts += [
         '<p class="note">Held-out originals, and what their codes give back.</p>'
         f'<p><img class="wide" src="{data_url(picture)}" alt="{html.escape(picture.stem)}"></p>'
-        for picture in sorted((*folder.glob("*.png"), *folder.glob("*.gif")))
+        for picture in (folder / f"reconstructions.{extension}" for extension in ("png", "gif"))
+        if picture.exists()
     ]
     return "".join(parts) + _examples(folder)
 
@@ -97,8 +101,12 @@ def _judges(figures: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _verdict(judge: Mapping[str, Any]) -> str:
-    before, after = (f"{percent(judge[f'accuracy_{side}'])} ({interval(judge[f'ci95_{side}'])})" for side in _SIDES)
-    return f"right on {before} of {judge['n']} originals and on {after} of what came back: {percent(judge['ratio'])}"
+    before, after, ratio = (
+        f"{percent(judge[key])} [{interval(judge[f'ci95_{name}'])}]"
+        for key, name in (("accuracy_before", "before"), ("accuracy_after", "after"), ("ratio", "ratio"))
+    )
+    sources = "" if judge["n_sources"] == judge["n"] else f" from {judge['n_sources']} sources"
+    return f"right on {before} of {judge['n']} originals{sources} and on {after} of what came back: {ratio}"
 
 
 def _tables(judge: Mapping[str, Any]) -> Iterable[tuple[str, list[tuple[str, ...]]]]:
@@ -143,14 +151,19 @@ def _examples(folder: Path) -> str:
 
 
 def _example(entry: Mapping[str, Any], folder: Path) -> str:
-    """Show an item: players and pictures of the files that there are, and what judges say."""
+    """Show an item: players and pictures of the files that there are, what judges say, and texts about where they
+    part."""
     words = [f"{key.replace('_', ' ')} {value}" for key, value in entry.items() if key in ("digit", "voice", "motion")]
-    media = []
-    for side in _SIDES:
-        if side in entry:
-            media.append(f'{side}<audio controls preload="none" src="{data_url(folder / entry[side])}"></audio>')
-        if f"{side}_text" in entry:
-            words.append(f"{side}: {entry[f'{side}_text']}")
+    media = [
+        f'{side}<audio controls preload="none" src="{data_url(folder / entry[side])}"></audio>'
+        for side in _SIDES
+        if side in entry
+    ]
+    if "before_text" in entry:
+        texts = [entry[f"{side}_text"] for side in _SIDES]
+        parting = (place for place, (a, b) in enumerate(zip_longest(*texts)) if a != b)
+        start = max(0, next(parting, 0) - _LED_BY)
+        words += [f"{side}: {shortened(text[start:], _LONGEST_TEXT)}" for side, text in zip(_SIDES, texts, strict=True)]
     if "picture" in entry:
         kind = "spectrogram" if "before" in entry else "film"
         media.append(f'<img class="{kind}" src="{data_url(folder / entry["picture"])}" alt="before and after">')

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
@@ -12,13 +14,18 @@ from omniform.data.digits import build_digits
 from omniform.data.schema import RawSample, RawSpan
 from omniform.data.shards import ShardReader, ShardWriter
 from omniform.errors import OmniformError
+from omniform.inference.judges import MOTIONS
 from omniform.inference.reconstruction.judged import Answers
 from omniform.inference.tokenizer_evaluation import _chosen, evaluate_tokenizer
-from omniform.tokenizers.audio_files import read_audio
+from omniform.tokenizer_report import figures_as_text, write_tokenizer_report
+from omniform.tokenizers.audio_files import audio_bytes, read_audio
+from omniform.tokenizers.base import Discrete, Modality, TokenizerError, Tokens
 from omniform.tokenizers.codecs.fsq import FSQConfig
 from omniform.tokenizers.codecs.residual import ResidualConfig
+from omniform.tokenizers.folder import write_tokenizer_folder
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 from omniform.tokenizers.image_latents import ImagePatchesConfig, ImagePatchesTokenizer
+from omniform.tokenizers.registry import MODALITIES
 from omniform.tokenizers.speech import SpeechTokenizer, SpeechTokenizerConfig
 from omniform.tokenizers.text import SentencePieceTokenizer
 from omniform.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
@@ -42,6 +49,63 @@ def test_evaluating_text_counts_exact_round_trips(world: Path, tmp_path: Path) -
     assert all(example["before_text"] == example["after_text"] for example in examples)
     with pytest.raises(OmniformError, match=r"nowhere-\* hold no text"):
         evaluate_tokenizer(tmp_path / "text", world, "nowhere")
+    stories = evaluate_tokenizer(tmp_path / "text", world, "validation", subset="stories")
+    assert stories["folder"] == "validation-stories"
+    with pytest.raises(OmniformError, match="validation-poems holds no text"):
+        evaluate_tokenizer(tmp_path / "text", world, "validation", subset="poems")
+
+
+def test_results_go_into_a_folder_that_can_be_one(tmp_path: Path) -> None:
+    """Known before anything is read; only examples of an evaluation before are removed."""
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(OmniformError, match="notes cannot be a folder for results"):
+        evaluate_tokenizer(tmp_path / "no tokenizer", tmp_path, out=tmp_path / "notes")
+    before = {"examples/0007-after.wav", "reconstructions.gif", "examples.json"}
+    kept = {"tokenizer.json", "report.html", "holiday.png", "examples/holiday.png"}
+    (tmp_path / "out" / "examples").mkdir(parents=True)
+    for name in before | kept:
+        (tmp_path / "out" / name).touch()
+    with pytest.raises(TokenizerError):
+        evaluate_tokenizer(tmp_path / "no tokenizer", tmp_path, out=tmp_path / "out")
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
+    assert found == kept
+
+
+class Bits(Modality[Tokens]):
+    """A modality that nothing is known of: bytes of zeros and ones."""
+
+    kind, name = "bits", "bits"
+    representation = Discrete(2)
+    fixed_grid = None
+
+    def encode_batch(self, items: Sequence[bytes]) -> list[Tokens]:
+        return [Tokens(torch.tensor(list(item)), (len(item),)) for item in items]
+
+    def decode_batch(self, tokens: Sequence[Tokens]) -> list[bytes]:
+        return [bytes(entry.codes.tolist()) for entry in tokens]
+
+    def read(self, payload: bytes) -> bytes:
+        return payload
+
+    def save(self, folder: Path) -> None:
+        write_tokenizer_folder(folder, self.kind, {}, ("bits.txt", b"01"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        return cls()
+
+
+def test_of_a_new_modality_the_rates_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODALITIES, "bits", Bits)
+    Bits().save(tmp_path / "bits")
+    with ShardWriter(tmp_path / "world" / "test") as writer:
+        for key, payload in (("a", b"\0\1\1"), ("b", b"\1")):
+            writer.write(RawSample(key, (RawSpan("bits", payload=payload, extension="bin"),), {"digit": 1}))
+    figures = evaluate_tokenizer(tmp_path / "bits", tmp_path / "world", out=tmp_path / "out")
+    assert (figures["tokens_per_item"], figures["bits_per_item"], figures["code_use"]) == (2, 2, 1)
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == figures
+    assert "none are known for bits" in figures_as_text(figures)
+    assert "none are known for bits" in write_tokenizer_report(tmp_path / "out").read_text()
 
 
 def test_evaluating_images_judges_the_round_trip(world: Path, tmp_path: Path) -> None:
@@ -109,6 +173,27 @@ def test_evaluating_speech(ten_words: Path, tmp_path: Path, depth: int) -> None:
         assert len(read_audio(out / "examples" / example["after"], 16_000)) == len(before)
         assert (out / "examples" / example["picture"]).read_bytes().startswith(b"\x89PNG")
         assert example["voice"] in judge["by_voice"]
+
+
+def test_phrases_are_judged_for_digit_and_motion(world: Path, tmp_path: Path) -> None:
+    config = SpeechTokenizerConfig(width=8, n_blocks=0)
+    SpeechTokenizer(config, config.build()).save(tmp_path / "speech")
+    figures = evaluate_tokenizer(tmp_path / "speech", world, "validation", subset="moving-concepts", limit=20)
+    assert set(figures["motion_judge"]["per_class"]) == set(MOTIONS)
+    assert figures["motion_judge"]["accuracy_before"] > 0.8
+    assert figures["motion_judge"]["n_sources"] == len(figures["judge"]["by_voice"]) < 20
+
+
+def test_reports_play_the_first_seconds_of_a_recording(tmp_path: Path) -> None:
+    config = SpeechTokenizerConfig(width=8, n_blocks=0)
+    SpeechTokenizer(config, config.build()).save(tmp_path / "speech")
+    sound = audio_bytes(0.1 * torch.randn(16_000 * 15, generator=torch.Generator().manual_seed(0)), 16_000, "wav")
+    with ShardWriter(tmp_path / "world" / "test") as writer:
+        writer.write(RawSample("long", (RawSpan("speech", payload=sound, extension="wav"),), {}))
+    evaluate_tokenizer(tmp_path / "speech", tmp_path / "world", out=tmp_path / "out")
+    (example,) = json.loads((tmp_path / "out" / "examples.json").read_text())
+    for side in ("before", "after"):
+        assert len(read_audio(tmp_path / "out" / "examples" / example[side], 16_000)) == 160_000
 
 
 def test_evaluating_video(world: Path, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ FIGURES: dict[str, Any] = {
         "ci95_before": [0.5, 1.0],
         "ci95_after": [0.4, 0.95],
         "ratio": 0.914,
+        "ci95_ratio": [0.85, 1.02],
+        "n_sources": 2,
         "per_class": {"3": PART},
         "by_voice": {"<voice>": PART},
         "confusions": [{"right": "3", "judged": "none", "n": 2}],
@@ -95,9 +97,34 @@ def test_page_is_whole_plays_sound_and_needs_nothing_else(evaluated: Path) -> No
         "data:image/gif",
     ]
     assert not re.search(r"https?://|url\(|@import|<script", content)
-    for told in ("test-<speech>", "87.5% (50.0% - 100.0%)", "91.4%", "3.142", "<voice>", "3 as none (2)", "a <b>"):
+    for told in (
+        "test-<speech>",
+        "87.5% [50.0% - 100.0%] of 4 originals from 2 sources",
+        "91.4% [85.0% - 102.0%]",
+        "3.142",
+        "<voice>",
+        "3 as none (2)",
+        "a <b>",
+    ):
         assert told in page.text
     assert tokenizer_section(evaluated) in content
+
+
+def test_page_shows_no_pictures_of_others(evaluated: Path) -> None:
+    before = tokenizer_section(evaluated)
+    (evaluated / "holiday.png").write_bytes(b"private")
+    (evaluated / "examples" / "holiday.gif").write_bytes(b"private")
+    assert tokenizer_section(evaluated) == before
+
+
+def test_long_texts_are_shown_about_where_they_part(evaluated: Path) -> None:
+    long, other = "x" * 5000 + "here" + "y" * 5000, "x" * 5000 + "there" + "y" * 5000
+    entry = {"kind": "worst", "place": 0, "before_text": long, "after_text": other}
+    (evaluated / "examples.json").write_text(json.dumps([entry]))
+    content = tokenizer_section(evaluated)
+    assert len(content) < 5000
+    assert "before: " + "x" * 40 + "here" in content
+    assert "after: " + "x" * 40 + "there" in content
 
 
 def test_text_says_what_the_page_says() -> None:
