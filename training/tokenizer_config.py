@@ -70,8 +70,6 @@ class CodecTrainConfig(FitConfig):
         index_dir: where its indexes are, if not beside the shards.
         tokenizer: what is trained.
         max_items: the first so many are held in memory, as integers; a larger folder is learnt from in part.
-        commitment_weight: beta of VQ-VAE (arXiv:1711.00937, equation 3); FSQ has no such term.
-        entropy_weight: of the entropy penalty of LFQ (arXiv:2310.05737, section 3.1); the others have no such term.
         adversarial: train against a discriminator, which is not stored with the tokenizer; null: without.
     """
 
@@ -82,25 +80,12 @@ class CodecTrainConfig(FitConfig):
     index_dir: Path | None = None
     tokenizer: Any
     max_items: int = Field(default=200_000, ge=1)
-    commitment_weight: float = Field(default=0.25, gt=0)
-    entropy_weight: float = Field(default=0.1, gt=0)
     adversarial: AdversarialConfig | None = None
 
     @property
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss term that a codec of this configuration can have."""
-        return {"reconstruction": 1.0, "commitment": self.commitment_weight, "entropy": self.entropy_weight}
-
-    @model_validator(mode="after")
-    def _check_precision(self) -> "CodecTrainConfig":
-        quantizer = getattr(self.tokenizer, "quantizer", None)
-        base = getattr(quantizer, "base", quantizer)
-        if self.engine.precision == "bf16" and getattr(base, "kind", None) == "vq_ema":
-            raise ValueError(
-                "engine.precision is bf16, in which the moving averages of a vq_ema codebook stand still: choose "
-                "bf16_autocast"
-            )
-        return self
+        return {"reconstruction": 1.0}
 
     @model_validator(mode="after")
     def _check_adversarial_stage(self) -> "CodecTrainConfig":
@@ -113,16 +98,40 @@ class CodecTrainConfig(FitConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ImageTokenizerTrainConfig(CodecTrainConfig):
-    """How to train an image tokenizer."""
+class QuantizedTrainConfig(CodecTrainConfig):
+    """How to train a codec whose tokens are codes.
 
-    tokenizer_type = ImageTokenizer
+    Attributes:
+        commitment_weight: beta of VQ-VAE (arXiv:1711.00937, equation 3); FSQ has no such term.
+        entropy_weight: of the entropy penalty of LFQ (arXiv:2310.05737, section 3.1); the others have no such term.
+    """
 
-    kind: Literal["conv_vq"]
-    tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
+    commitment_weight: float = Field(default=0.25, gt=0)
+    entropy_weight: float = Field(default=0.1, gt=0)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term that a codec of this configuration can have."""
+        return {**super().loss_weights, "commitment": self.commitment_weight, "entropy": self.entropy_weight}
 
     @model_validator(mode="after")
-    def _check_adversarial(self) -> "ImageTokenizerTrainConfig":
+    def _check_precision(self) -> "QuantizedTrainConfig":
+        quantizer = self.tokenizer.quantizer
+        base = getattr(quantizer, "base", quantizer)
+        if self.engine.precision == "bf16" and base.kind == "vq_ema":
+            raise ValueError(
+                "engine.precision is bf16, in which the moving averages of a vq_ema codebook stand still: choose "
+                "bf16_autocast"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImageCodecTrainConfig(CodecTrainConfig):
+    """How to train a codec of images, whose size bounds how often a discriminator can halve it."""
+
+    @model_validator(mode="after")
+    def _check_adversarial(self) -> "ImageCodecTrainConfig":
         halvings = 0 if self.adversarial is None else len(self.adversarial.widths)
         if self.tokenizer.image_size < 2**halvings:
             raise ValueError(
@@ -133,7 +142,17 @@ class ImageTokenizerTrainConfig(CodecTrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ImageLatentsTrainConfig(CodecTrainConfig):
+class ImageTokenizerTrainConfig(QuantizedTrainConfig, ImageCodecTrainConfig):
+    """How to train an image tokenizer."""
+
+    tokenizer_type = ImageTokenizer
+
+    kind: Literal["conv_vq"]
+    tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImageLatentsTrainConfig(ImageCodecTrainConfig):
     """How to train a variational autoencoder of images.
 
     Attributes:
@@ -150,7 +169,7 @@ class ImageLatentsTrainConfig(CodecTrainConfig):
     @property
     def loss_weights(self) -> dict[str, float]:
         """Weight of each loss term."""
-        return {"reconstruction": 1.0, "kl": self.kl_weight}
+        return {**super().loss_weights, "kl": self.kl_weight}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -169,9 +188,17 @@ class PerturbationConfig:
     filter_strength: float = Field(default=0.14, ge=0, le=1)
     gain_db: tuple[float, float] = (-10.0, 3.0)
 
+    @model_validator(mode="after")
+    def _check(self) -> "PerturbationConfig":
+        if self.filter_taps % 2 == 0:
+            raise ValueError(f"filter_taps is {self.filter_taps}, expected an odd number: a filter has a middle")
+        if self.gain_db[0] > self.gain_db[1]:
+            raise ValueError(f"gain_db is {list(self.gain_db)}, expected the least gain before the most")
+        return self
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SpeechTokenizerTrainConfig(CodecTrainConfig):
+class SpeechTokenizerTrainConfig(QuantizedTrainConfig):
     """How to train a speech tokenizer; a row is a segment of a recording.
 
     Attributes:
@@ -214,7 +241,7 @@ class SpeechTokenizerTrainConfig(CodecTrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class VideoTokenizerTrainConfig(CodecTrainConfig):
+class VideoTokenizerTrainConfig(QuantizedTrainConfig):
     """How to train a video tokenizer. Its discriminator would be one of images: there is none for videos.
 
     Attributes:
