@@ -22,14 +22,24 @@ from omniform.data.schema import DataError
 from omniform.data.sealed import write_atomically
 from omniform.tokenizers.base import Modality, folder_digest
 
-TOKEN_SHARD_VERSION = 3
+TOKEN_SHARD_VERSION = 4
+_SPAN_ARRAYS = ("sample", "modality", "length", "grid")
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a sample has no tokens: the reason by which it is counted, and a message that names shard and key."""
+    """Why a sample has no tokens of a modality.
 
+    Attributes:
+        sample: its number within the shard.
+        modality: of the span that cannot be decoded; None if the sample itself cannot be read.
+        reason: by which it is counted.
+        message: names shard and key.
+    """
+
+    sample: int
+    modality: str | None
     reason: str
     message: str
 
@@ -48,7 +58,7 @@ class TokenShard:
         content: by modality, the tokens of its spans one after the other: codes, (N,) int32, or the values of
             continuous tokens, (N, C) float32.
         left_out: number of spans by modality, of those without a tokenizer.
-        failures: by sample, for those that cannot be decoded and have no spans.
+        failures: in the order of samples and modalities; such a sample has no spans of such a modality.
     """
 
     keys: tuple[str, ...]
@@ -56,7 +66,7 @@ class TokenShard:
     spans: Mapping[str, Array]
     content: Mapping[str, Array]
     left_out: Mapping[str, int]
-    failures: Mapping[int, Failure]
+    failures: tuple[Failure, ...]
 
 
 def tokenizer_digest(tokenizer: Modality[Any]) -> str:
@@ -79,10 +89,24 @@ def write_token_shard(path: Path, tokens: TokenShard, identity: Mapping[str, Any
         **identity,
         "keys": tokens.keys,
         "left_out": tokens.left_out,
-        "failures": [[sample, why.reason, why.message] for sample, why in sorted(tokens.failures.items())],
+        "failures": [[why.sample, why.modality, why.reason, why.message] for why in tokens.failures],
         "arrays_sha256": _arrays_digest(arrays),
     }
     write_atomically(path, save(arrays, {"omniform": json.dumps(record)}))
+
+
+def read_token_shard_identity(path: Path, remedy: str) -> dict[str, Any]:
+    """Return what a token shard says it was made from; its content is not looked at.
+
+    Raises:
+        DataError: the file cannot be read; `remedy` ends the message.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            record = json.loads((file.metadata() or {})["omniform"])
+        return {key: record[key] for key in ("version", "shard_sha256", "tokenizers")}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def read_token_shard(path: Path, identity: Mapping[str, Any], remedy: str) -> TokenShard:
@@ -102,10 +126,10 @@ def read_token_shard(path: Path, identity: Mapping[str, Any], remedy: str) -> To
         found = TokenShard(
             keys=tuple(record["keys"]),
             modalities=tuple(record["tokenizers"]),
-            spans={name.removeprefix("span."): array for name, array in arrays.items() if name.startswith("span.")},
+            spans={name: arrays[f"span.{name}"] for name in _SPAN_ARRAYS},
             content={name: arrays[f"content.{name}"] for name in record["tokenizers"]},
             left_out=dict(record["left_out"]),
-            failures={int(sample): Failure(str(why), str(message)) for sample, why, message in record["failures"]},
+            failures=tuple(Failure(*why) for why in record["failures"]),
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}): {remedy}") from error

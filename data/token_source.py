@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from omniform.data.encode import RECORD, encode_shard, locked
+from omniform.data.encode import encode_shard
+from omniform.data.folder_lock import locked
 from omniform.data.index import ShardIndex
 from omniform.data.schema import DataError
-from omniform.data.sealed import unseal
 from omniform.data.shards import ShardReader
 from omniform.data.tally import Tally
+from omniform.data.token_record import RECORD, read_token_record
 from omniform.data.token_shards import (
     TOKEN_SHARD_VERSION,
+    Failure,
     TokenShard,
     read_token_shard,
     token_shard_identity,
@@ -27,6 +29,7 @@ from omniform.data.token_shards import (
 from omniform.modeling.folder import file_digest
 from omniform.tokenizers.base import Latents, Modality, Tokens
 
+_REMEDY = "run `omniform data encode` again, or fetch it again"
 _log = logging.getLogger(__name__)
 
 
@@ -39,9 +42,15 @@ class TokenSource:
         folder: holds indexed shards, or what `encode_folder` made of some.
         tokenizers: by modality; spans of other modalities are left out.
         cache_dir: created if need be; token shards need none.
+        index_dir: where the indexes of shards are, if not beside them; token shards have none.
+
+    Attributes:
+        failures: by number, the samples that cannot be read, or of which a span of these modalities cannot be decoded.
+        digest: of the shards and the tokenizers, on which all else depends: the same for shards and their tokens.
 
     Raises:
-        DataError: a source that cannot be read, a damaged file, or token shards of other tokenizers.
+        DataError: a source that cannot be read, a damaged file, token shards of other tokenizers, or an `index_dir` of
+            token shards.
     """
 
     def __init__(
@@ -49,7 +58,7 @@ class TokenSource:
     ) -> None:
         self.folder = folder
         digests = {name: tokenizer_digest(tokenizers[name]) for name in sorted(tokenizers)}
-        if (folder / RECORD).exists():
+        if _holds_tokens(folder, index_dir):
             content_digest, files, shards = _read_folder(folder, digests)
         else:
             reader = ShardReader(folder, index_dir)
@@ -60,21 +69,27 @@ class TokenSource:
         self._modalities = tuple(digests)
         self._names = [(file, key) for file, shard in zip(files, shards, strict=True) for key in shard.keys]
         firsts = np.cumsum([0, *(len(shard.keys) for shard in shards)])
-        self.failures = {
-            int(first) + i: why for first, s in zip(firsts, shards, strict=False) for i, why in s.failures.items()
-        }
-        spans = [_spans(shard, self._modalities) for shard in shards]
-        samples = np.concatenate([s["sample"] + n for s, n in zip(spans, firsts, strict=False)])
-        self._first_span = np.searchsorted(samples, np.arange(len(self) + 1))
-        self._modality, self._length, self._grid = (
-            np.concatenate([s[name] for s in spans]) for name in ("modality", "length", "grid")
+        self.failures: dict[int, Failure] = {}
+        for first, shard in zip(firsts, shards, strict=False):
+            for why in shard.failures:
+                if why.modality is None or why.modality in digests:
+                    self.failures.setdefault(int(first) + why.sample, why)
+        stored = shards[0].modalities  # of every shard: those of one source have the same tokenizers
+        samples = np.concatenate([s.spans["sample"] + n for s, n in zip(shards, firsts, strict=False)])
+        modality, length, grid = (
+            np.concatenate([shard.spans[name] for shard in shards]) for name in ("modality", "length", "grid")
         )
-        held = [name for name in digests if all(name in shard.content for shard in shards)]
+        start = np.zeros(len(length), dtype=np.int64)  # of each span within its modality's content
+        for place in range(len(stored)):
+            here = modality == place
+            start[here] = np.cumsum(length[here], dtype=np.int64) - length[here]
+        places = np.array([self._modalities.index(m) if m in digests else -1 for m in stored], dtype=np.int32)
+        used = (places[modality] >= 0) & ~np.isin(samples, list(self.failures))
+        self._first_span = np.searchsorted(samples[used], np.arange(len(self) + 1))
+        self._modality, self._length = places[modality][used], length[used]
+        self._grid, self._start = grid[used], start[used]
+        held = [name for name in digests if name in stored]
         self._content = {name: np.concatenate([shard.content[name] for shard in shards]) for name in held}
-        self._start = np.zeros(len(self._length), dtype=np.int64)  # of each span within its modality's content
-        for place in range(len(self._modalities)):
-            here = self._modality == place
-            self._start[here] = np.cumsum(self._length[here], dtype=np.int64) - self._length[here]
         if self.failures:
             tally = Tally()
             for failure in self.failures.values():
@@ -117,9 +132,17 @@ def count_samples(folder: Path, index_dir: Path | None = None) -> int:
     Raises:
         DataError: it cannot be read.
     """
-    if (folder / RECORD).exists():
-        return int(_record(folder)["samples"])
+    if _holds_tokens(folder, index_dir):
+        return read_token_record(folder, _REMEDY).samples
     return len(ShardReader(folder, index_dir))
+
+
+def _holds_tokens(folder: Path, index_dir: Path | None) -> bool:
+    if not (folder / RECORD).exists():
+        return False
+    if index_dir is not None:
+        raise DataError(f"{folder} holds token shards, which have no indexes: remove index_dir ({index_dir})")
+    return True
 
 
 def _cached(
@@ -132,45 +155,26 @@ def _cached(
     return read_token_shard(path, identity, "remove it, and it is encoded again")
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    record = unseal(folder / RECORD, "run `omniform data encode` again")
-    if (record.get("format"), record.get("version")) != ("omniform-tokens", TOKEN_SHARD_VERSION):
-        raise DataError(
-            f"{folder / RECORD} is of the format {record.get('format')!r}, version {record.get('version')}; expected "
-            f"'omniform-tokens', version {TOKEN_SHARD_VERSION}: run `omniform data encode` again"
-        )
-    return record
-
-
 def _read_folder(folder: Path, digests: Mapping[str, str]) -> tuple[str, list[str], list[TokenShard]]:
     """Return the digest of the raw shards, the names of the files, and the tokens that they hold."""
-    record = _record(folder)
-    theirs = record["tokenizers"]
+    record = read_token_record(folder, _REMEDY)
+    theirs = record.tokenizers
     for name, digest in digests.items():
         if name in theirs and theirs[name] != digest:
             raise DataError(
                 f"{folder} holds {name} tokens of the tokenizer {theirs[name]}, but this run's {name} tokenizer is "
                 f"{digest}: bring that one back, or run `omniform data encode` with this one"
             )
-        if name not in theirs and record["left_out"].get(name):
+        if name not in theirs and record.left_out.get(name):
             raise DataError(
-                f"{folder} was encoded without a tokenizer for {name!r}, which {record['left_out'][name]} spans of its "
+                f"{folder} was encoded without a tokenizer for {name!r}, which {record.left_out[name]} spans of its "
                 f"source need (this run's is {digest}): run `omniform data encode` with --tokenizer {name}=FOLDER"
             )
-    remedy = "run `omniform data encode` again, or fetch it again"
     shards = []
-    for entry in record["files"]:
-        path = folder / entry["file"]
-        if not path.is_file() or file_digest(path) != entry["sha256"]:
-            raise DataError(f"{path} is missing or damaged: it does not match its digest in {RECORD}: {remedy}")
-        identity = {"version": TOKEN_SHARD_VERSION, "shard_sha256": entry["shard_sha256"], "tokenizers": theirs}
-        shards.append(read_token_shard(path, identity, remedy))
-    return record["source"], [entry["file"] for entry in record["files"]], shards
-
-
-def _spans(shard: TokenShard, modalities: tuple[str, ...]) -> dict[str, Any]:
-    """Return a shard's spans of some modalities, numbered by their place among these."""
-    places = np.array([modalities.index(m) if m in modalities else -1 for m in shard.modalities], dtype=np.int32)
-    modality = places[shard.spans["modality"]] if len(places) else shard.spans["modality"]
-    wanted = modality >= 0
-    return {"modality": modality[wanted], **{n: shard.spans[n][wanted] for n in ("sample", "length", "grid")}}
+    for entry in record.files:
+        path = folder / entry.file
+        if not path.is_file() or file_digest(path) != entry.sha256:
+            raise DataError(f"{path} is missing or damaged: it does not match its digest in {RECORD}: {_REMEDY}")
+        identity = {"version": TOKEN_SHARD_VERSION, "shard_sha256": entry.shard_sha256, "tokenizers": dict(theirs)}
+        shards.append(read_token_shard(path, identity, _REMEDY))
+    return record.source, [entry.file for entry in record.files], shards

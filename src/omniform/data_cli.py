@@ -144,7 +144,8 @@ def data_from_folder(
 def data_encode(
     folder: DataDir,
     tokenizer: Annotated[
-        list[str], typer.Option(metavar="MODALITY=FOLDER", help="Of one modality; give one for each.")
+        list[str],
+        typer.Option(metavar="MODALITY=FOLDER", help="A tokenizer or its run folder; give one for each modality."),
     ],
     out: Annotated[
         Path, typer.Option(help="Folder to write: a token shard (.safetensors) per shard, and tokens.json.")
@@ -155,9 +156,10 @@ def data_encode(
 ) -> None:
     """Tokenise shards once, into a folder to train on without them; run again to continue where it stopped.
 
-    omniform data encode data/digits --tokenizer text=runs/text --tokenizer image=runs/image --out data/digits-tokens
+    omniform data encode runs/photos-data --out runs/photos-tokens --tokenizer text=runs/photos-text-tokenizer
+    --tokenizer image=runs/photos-image-tokenizer
     """
-    from omniform.data.encode import encode_folder
+    from omniform.data.encode_folder import encode_folder
 
     folders = {}
     for entry in tokenizer:
@@ -175,7 +177,7 @@ def data_encode(
         tokens = ", ".join(f"{n} {modality}" for modality, n in summary["tokens"].items())
         print(harmless(f"{name}: {summary['samples']} samples, tokens: {tokens}"))
         for reason, entry in summary["failed"].items():
-            print(harmless(f"  {entry['count']} samples have none: {reason}: {'; '.join(entry['first'])}"))
+            print(harmless(f"  {entry['count']} cannot be decoded: {reason}: {'; '.join(entry['first'])}"))
         for modality, n in summary["left_out"].items():
             print(f"  {n} {modality} spans left out: no --tokenizer {modality}=FOLDER")
     print(out)

@@ -1,0 +1,103 @@
+"""Jobs shared out among processes. A worker does one job after the other, and what it makes goes to files."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import TypeVar
+
+from omniform.data.schema import DataError
+from omniform.errors import OmniformError
+
+JobT = TypeVar("JobT")
+
+
+def done_in_processes(
+    jobs: Sequence[JobT], start: Callable[[], Callable[[JobT], object]], n_processes: int
+) -> Generator[JobT, None, None]:
+    """Yield each job once it is done, in the order in which that happens.
+
+    The processes end when the generator is closed, and when this process ends, however that comes.
+
+    Args:
+        jobs: can be pickled, in few bytes; messages name a job by its `str`.
+        start: can be pickled; called once in each process, it returns what does a job.
+
+    Raises:
+        DataError: a job failed, or its process died.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads and locks of torch
+    processes: dict[Connection, SpawnProcess] = {}
+    waiting, busy, finished = list(reversed(jobs)), dict[Connection, JobT](), False
+    try:
+        for _ in range(min(n_processes, len(jobs))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, pickle.dumps(start)), daemon=True)
+            process.start()
+            theirs.close()
+            processes[ours] = process
+        ready = list(processes)
+        while ready:
+            for connection in ready[: len(waiting)]:
+                busy[connection] = waiting.pop()
+                with _death_named(busy[connection]):
+                    connection.send(busy[connection])
+            ready = [found for found in wait(list(busy)) if isinstance(found, Connection)] if busy else []
+            for connection in ready:
+                job = busy.pop(connection)
+                with _death_named(job):
+                    complaint = connection.recv()
+                if complaint is not None:
+                    raise DataError(f"{job}: {complaint}")
+                yield job
+        finished = True
+    finally:
+        for connection, process in processes.items():
+            connection.close()  # which tells the worker that there are no more jobs
+            if not finished:
+                process.terminate()
+            process.join()
+
+
+@contextmanager
+def _death_named(job: object) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:  # of the connection
+        raise DataError(
+            f"the process for {job} died: run the command again to continue, with fewer --workers if memory ran out"
+        ) from error
+
+
+def _work(connection: Connection, start: bytes) -> None:
+    """Do the jobs that come, one after the other, until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it as well, and ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    do: Callable[[object], object] | None = None
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        complaint = None
+        try:
+            # What starts it is unpickled here, for that may import much: Ctrl-C is not to fall into it.
+            do = do or pickle.loads(start)()
+            do(job)
+        except OmniformError as error:
+            complaint = str(error)
+        except Exception as error:  # whatever it is: the parent raises it
+            complaint = f"{type(error).__name__}: {error}"
+        connection.send(complaint)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
