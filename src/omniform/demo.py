@@ -2,7 +2,7 @@
 
     OUT/data   OUT/tokenizers/{text,image,speech,video}   OUT/run   OUT/model   OUT/metrics.json   OUT/report.html
 
-A stage is identified by a digest of its settings and of all stages before it. It is skipped when the one that
+A stage is identified by a digest of its settings and of the stages that it needs. It is skipped when the one that
 OUT/stages.json calls finished has that digest, continued when the one that was begun has it, and made anew otherwise.
 """
 
@@ -52,15 +52,17 @@ class Stage:
     """One step on the way.
 
     Attributes:
-        settings: everything that its result depends on, besides the stages before it.
+        settings: everything that its result depends on, besides the stages that it needs.
         outputs: what exists once it is done.
         run: carries it out; `fresh` tells to delete what an earlier, different run left.
+        needs: names of the stages before it whose results it reads.
     """
 
     name: str
     settings: object
     outputs: tuple[Path, ...]
     run: Callable[[bool], object]
+    needs: tuple[str, ...] = ()
 
 
 def run_demo(out: Path, fresh: bool = False, size: Literal["full", "tiny"] = "full") -> Path:
@@ -96,10 +98,10 @@ def run_stages(stages: Sequence[Stage], record: Path, *, fresh: bool = False) ->
     known: dict[str, dict[str, Any]] = {}
     if record.exists() and not fresh:
         known = json.loads(record.read_text(encoding="utf-8"))
-    digest = ""
+    digests: dict[str, str] = {}
     for number, stage in enumerate(stages, start=1):
-        settings = json.dumps([digest, stage.name, stage.settings], default=str)
-        digest = hashlib.sha256(settings.encode()).hexdigest()
+        settings = json.dumps([[digests[name] for name in stage.needs], stage.name, stage.settings], default=str)
+        digest = digests[stage.name] = hashlib.sha256(settings.encode()).hexdigest()
         before = known.get(stage.name, {})
         begun = before.get("digest") == digest
         title = f"[{number}/{len(stages)}] {stage.name}"
@@ -147,7 +149,8 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
             folder = train_tokenizer(config, overrides[name], run_folder, fresh=fresh)
             evaluate_tokenizer(folder, data, limit=limit, out=run_folder / "evaluation")
 
-        return Stage(name, recipe[name], (run_folder / "tokenizer", run_folder / "evaluation/tokenizer.json"), run)
+        outputs = (run_folder / "tokenizer", run_folder / "evaluation/tokenizer.json")
+        return Stage(name, [recipe[name], limit], outputs, run, needs=("data",))
 
     def build(fresh: bool) -> None:
         if fresh and (data / WORLD_MANIFEST).exists():
@@ -168,11 +171,13 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
         draw_samples(loaded, out / "samples", _SHOWN)
         evaluate_any_to_any(Model(loaded), data, limit=limit, out=out / "metrics.json")
 
+    of_model = ("data", "text tokenizer", "image tokenizer")
+    evaluated = (out / "metrics.json", out / "samples.json", out / "samples/images.png")
     return [
         Stage("data", [__version__, digits.VERSION, copies, takes], (data / "manifest.json",), build),
         *(tokenizer_stage(modality) for modality in MODALITIES),
-        Stage("model", recipe["model"], (model / "manifest.sha256",), fit),
-        Stage("evaluation", limit, (out / "metrics.json", out / "samples.json", out / "samples/images.png"), evaluate),
+        Stage("model", recipe["model"], (model / "manifest.sha256",), fit, needs=of_model),
+        Stage("evaluation", limit, evaluated, evaluate, needs=("data", "model")),
     ]
 
 

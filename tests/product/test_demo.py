@@ -27,16 +27,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 class Workshop:
-    """Stages a -> b -> c that each write a file, and a record of what ran, with what `fresh`."""
+    """Stages a -> b -> c, and d after a alone, that each write a file, and a record of what ran, with what `fresh`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ran = folder, list[tuple[str, bool]]()
-        self.settings, self.broken = {"a": 1, "b": 1, "c": 1}, ""
+        self.settings, self.broken = dict.fromkeys("abcd", 1), ""
 
     def run(self, *, fresh: bool = False) -> list[tuple[str, bool]]:
         """Go through the stages and return what ran this time."""
         self.ran = []
-        stages = [Stage(n, self.settings[n], (self.folder / n,), self._maker(n)) for n in ("a", "b", "c")]
+        needs = {"a": (), "b": ("a",), "c": ("b",), "d": ("a",)}
+        stages = [Stage(n, self.settings[n], (self.folder / n,), self._maker(n), of) for n, of in needs.items()]
         run_stages(stages, self.folder / "stages.json", fresh=fresh)
         return self.ran
 
@@ -56,9 +57,9 @@ def workshop(tmp_path: Path) -> Workshop:
 
 
 def test_finished_stages_are_not_done_again(workshop: Workshop) -> None:
-    assert workshop.run() == [("a", True), ("b", True), ("c", True)]
+    assert workshop.run() == [(name, True) for name in "abcd"]
     assert workshop.run() == []
-    assert workshop.run(fresh=True) == [("a", True), ("b", True), ("c", True)]
+    assert workshop.run(fresh=True) == [(name, True) for name in "abcd"]
 
 
 def test_an_interrupted_stage_goes_on_and_its_time_adds_up(workshop: Workshop) -> None:
@@ -71,14 +72,23 @@ def test_an_interrupted_stage_goes_on_and_its_time_adds_up(workshop: Workshop) -
     content["b"]["seconds"] = 1000.0
     record.write_text(json.dumps(content))
     workshop.broken = ""
-    assert workshop.run() == [("b", False), ("c", True)]
+    assert workshop.run() == [("b", False), ("c", True), ("d", True)]
     assert 1000 <= json.loads(record.read_text())["b"]["seconds"] < 1100
 
 
-def test_changed_settings_redo_a_stage_and_all_after_it(workshop: Workshop) -> None:
+def test_changed_settings_redo_a_stage_and_all_that_need_it(workshop: Workshop) -> None:
     workshop.run()
-    workshop.settings["b"] = 2
-    assert workshop.run() == [("b", True), ("c", True)]
+    for name, redone in (("a", "abcd"), ("b", "bc"), ("c", "c"), ("d", "d")):
+        workshop.settings[name] += 1
+        assert workshop.run() == [(again, True) for again in redone]
+
+
+def test_the_model_needs_the_tokenizers_of_its_configuration(tmp_path: Path) -> None:
+    needs = {stage.name: stage.needs for stage in demo_stages(tmp_path, "full")}
+    config = parse_config(TrainConfig, (ROOT / "configs" / "digits.yaml").read_text(encoding="utf-8"))
+    assert set(needs["model"]) == {"data", *(f"{name} tokenizer" for name in config.tokenizers)}
+    for place, name in enumerate(needs):
+        assert set(needs[name]) <= set(list(needs)[:place])
 
 
 def test_a_lost_output_is_made_again(workshop: Workshop) -> None:
