@@ -15,7 +15,7 @@ from omniform.data.schema import RawSample, RawSpan
 from omniform.data.spoken_digits import PHRASE_RATE, PITCHES, RATES, VOICES, Utterance, render_speech, wav_bytes
 from omniform.data.templates import CAPTIONS, MOTIONS, SPOKEN, TEST_DOCUMENTS, TRAIN_DOCUMENTS, WORDS, render
 from omniform.kernels.keyed_noise import keyed_bits, keyed_permutation, stream
-from omniform.tokenizers.video_files import video_bytes
+from omniform.tokenizers.video_writing import video_bytes
 
 # Texts of a story, each followed by a picture, a sound or a clip: all three come up in each.
 FEWEST_TURNS, MOST_TURNS = 3, 4

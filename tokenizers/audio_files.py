@@ -5,6 +5,7 @@ file counts. The format is recognised by content; a file's name says nothing.
 """
 
 import io
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from av.container import InputContainer
 from jaxtyping import Float
 from torch import Tensor
 
+from omniform.tokenizers.growing_array import GrowingArray
 from omniform.tokenizers.media_container import MediaFileError, open_container
 
 FORMATS = ("wav", "flac", "mp3", "ogg", "mov", "matroska")
@@ -30,14 +32,12 @@ CODECS = (
 )
 MAX_SECONDS = 7200.0
 RATES = (1000, 768_000)  # resampling takes memory in proportion to the ratio of rates, and a header may state any
-MAX_LEVEL = (
-    16.0  # floats above full scale are clipped; far above they were stored in another unit, such as 16-bit numbers
-)
-MAX_CHANNELS = 8  # PyAV crashes on planes beyond the eighth
+# Floats above full scale are clipped; far above they were stored in another unit, such as 16-bit numbers.
+MAX_LEVEL = 16.0
+MAX_CHANNELS = 8
 _EXACT_LENGTHS = ("flac", "mov")
 _CUT_SHORT = 0.1  # seconds that a whole file may lack of its stated duration: less than two frames of any codec here
 _BLOCK = 2**16  # samples that are encoded at a time
-_FULL_SCALE = {"uint8": 2**7, "int16": 2**15, "int32": 2**31}
 _LARGE_PACKETS = {"max_size": "65536"}  # bytes, of WAV files: FFmpeg's default is a tenth of a second
 _ENCODERS = {"wav": "pcm_s16le", "flac": "flac", "mp3": "libmp3lame", "ogg": "libopus"}
 
@@ -95,9 +95,11 @@ def read_audio_header(source: bytes | Path, max_seconds: float = MAX_SECONDS) ->
 def read_audio(source: bytes | Path, rate: int, max_seconds: float = MAX_SECONDS) -> Float[Tensor, "N"]:
     """Decode the (first) sound of a file, mixed to mono by the mean of its channels, resampled to `rate` Hz.
 
-    The file is streamed: memory is bounded by the result, and decoding stops once the sound has proved longer than
-    `max_seconds`, whatever the file states. Levels beyond full scale are clipped to [-1, 1]. A file that ends before
-    the length it states is refused; MP3, Ogg and streamed files, which state none or a guess, are read to their end.
+    The file is streamed: memory is that of the result and a quarter more, and decoding stops once the sound has proved
+    longer than `max_seconds`, whatever the file states. Levels beyond full scale are clipped to [-1, 1]. A FLAC or MP4
+    that ends before the length it states is refused; of one that goes on for up to a codec frame, that is filling and
+    is left out; one that goes on for longer is read to its end, as are MP3, Ogg and streamed files, which state no
+    length or a guess.
 
     Args:
         source: the bytes of a file, or its path.
@@ -108,16 +110,22 @@ def read_audio(source: bytes | Path, rate: int, max_seconds: float = MAX_SECONDS
 
     Raises:
         AudioFileError: no whole sound file of the listed formats and codecs; one without sound or samples; longer than
-            `max_seconds`; a rate outside of RATES; samples that are not numbers or far beyond full scale.
+            `max_seconds`; a rate outside of RATES; more than MAX_CHANNELS; a rate or channels that change; samples that
+            are not numbers or far beyond full scale.
     """
     _check_rate(rate)
     with _opened(source, max_seconds) as (container, stream, _):
-        blocks, n_samples = [], 0
-        for block in _resampled(container, stream, rate):
-            n_samples += len(block)
-            if n_samples > max_seconds * rate + 1:
+        sound, longest_frame = GrowingArray(), Fraction(0)
+        resampler = av.AudioResampler(format="flt", rate=rate)
+        for frame in itertools.chain(_decoded(container, stream), [None]):
+            if frame is not None:
+                longest_frame = max(longest_frame, Fraction(frame.samples, frame.sample_rate))
+            for block in resampler.resample(frame):
+                if block is not None:  # which is the end of a sound that needs no conversion
+                    sound.extend(_clipped(_mean_of_channels(block)))
+            if len(sound) > max_seconds * rate + 1:
                 raise _too_long("more", max_seconds)
-            blocks.append(_clipped(block))
+        n_samples = len(sound)
         if not n_samples:
             raise AudioFileError("no samples", "a sound file holds no samples")
         if container.format.name.startswith(_EXACT_LENGTHS) and stream.duration and stream.time_base:
@@ -126,8 +134,9 @@ def read_audio(source: bytes | Path, rate: int, max_seconds: float = MAX_SECONDS
                 raise AudioFileError(
                     "cut short", f"a sound file states {stated / rate:.2f} seconds, and holds {n_samples / rate:.2f}"
                 )
-            n_samples = stated  # the last packet of some codecs is filled up
-        return torch.from_numpy(np.concatenate(blocks)[:n_samples])
+            if 0 < stated <= n_samples <= stated + longest_frame * rate:
+                n_samples = stated
+        return torch.from_numpy(sound.finish(n_samples))
 
 
 def audio_bytes(samples: Float[Tensor, "N"], rate: int, extension: str) -> bytes:
@@ -185,46 +194,40 @@ def _opened(source: bytes | Path, max_seconds: float) -> Iterator[tuple[InputCon
         seconds = None if container.duration is None else container.duration / av.time_base
         if stream.duration is not None and stream.time_base is not None:
             seconds = float(stream.duration * stream.time_base)
-        if seconds is not None and seconds > max_seconds:
+        if container.format.name != "mp3" and seconds is not None and seconds > max_seconds:  # an MP3's is an estimate
             raise _too_long(f"{seconds:.1f}", max_seconds)
         header = AudioHeader(context.name, context.sample_rate, context.channels, seconds)
         if header.rate:
             _check_rate(header.rate)
-        if header.channels > MAX_CHANNELS:
-            raise AudioFileError(
-                "too many channels",
-                f"a sound of {header.channels} channels, expected at most {MAX_CHANNELS}",
-            )
+        _check_channels(header.channels)
         yield container, stream, header
 
 
-def _resampled(container: InputContainer, stream: AudioStream, rate: int) -> Iterator[npt.NDArray[np.float32]]:
-    """Yield mono blocks at `rate`; channels are averaged last, for FFmpeg's own mixing weighs them by their place."""
-    resampler = av.AudioResampler(format="flt", rate=rate)
-    own_rate = None
+def _decoded(container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
+    """Yield the frames of a sound of one rate and one number of channels, without time stamps: gaps are no sound."""
+    first: tuple[int, int, str] | None = None
     for frame in container.decode(stream):
-        if own_rate is None:
-            own_rate = frame.sample_rate
-            _check_rate(own_rate)
-        elif frame.sample_rate != own_rate:
+        stored = frame.sample_rate, frame.layout.nb_channels, frame.format.name
+        if first is None:
+            first = stored
+            _check_rate(frame.sample_rate)
+            _check_channels(frame.layout.nb_channels)
+        elif stored != first:
+            was, goes_on = (f"{rate} Hz, {channels} channels, {name}" for rate, channels, name in (first, stored))
             raise AudioFileError(
-                "changing rate", f"a sound goes from {own_rate} to {frame.sample_rate} Hz, expected one rate: split it"
+                "changing rate" if stored[0] != first[0] else "changing channels",
+                f"a sound of {was} goes on with {goes_on}, expected one kind of samples: split it",
             )
-        frame.pts = None  # gaps between time stamps are no sound
-        yield from map(_mean_of_channels, [frame] if own_rate == rate else resampler.resample(frame))
-    if own_rate not in (None, rate):
-        yield from map(_mean_of_channels, resampler.resample(None))
+        frame.pts = None
+        yield frame
 
 
 def _mean_of_channels(frame: AudioFrame) -> npt.NDArray[np.float32]:
-    """Return the mono levels of a frame; full scale is 1 for integers of any width."""
-    stored = frame.to_ndarray()
-    channels = stored if frame.format.is_planar else stored.reshape(-1, frame.layout.nb_channels).T
+    """Mix down a frame of interleaved floats; FFmpeg's own mixing would weigh channels by their place. Frames of a
+    plane for each channel are never looked at: PyAV crashes on those of eight."""
+    channels = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
     with np.errstate(over="ignore", invalid="ignore"):  # what is no number, or none of float32, is refused later
-        levels = channels.mean(axis=0, dtype=np.float64)
-        if stored.dtype == np.uint8:
-            levels -= 128
-        return (levels / _FULL_SCALE.get(stored.dtype.name, 1)).astype(np.float32)
+        return channels.mean(axis=1, dtype=np.float64).astype(np.float32)
 
 
 def _clipped(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -239,6 +242,11 @@ def _clipped(block: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _check_rate(rate: int) -> None:
     if not RATES[0] <= rate <= RATES[1]:
         raise AudioFileError("rate out of range", f"a rate of {rate} Hz, expected {RATES[0]} to {RATES[1]}")
+
+
+def _check_channels(channels: int) -> None:
+    if channels > MAX_CHANNELS:
+        raise AudioFileError("too many channels", f"a sound of {channels} channels, expected at most {MAX_CHANNELS}")
 
 
 def _too_long(seconds: str, max_seconds: float) -> AudioFileError:

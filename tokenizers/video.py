@@ -34,7 +34,7 @@ class VideoTokenizerConfig:
     Attributes:
         channels: 1 for grey, 3 for colour.
         frame_size: height and width in pixels.
-        fps: frames per second at which files are sampled.
+        fps: frames per second at which files are sampled, 0.0001 to 1000.
         n_frames: of a video that is read from a file or generated: 1 + a multiple of the temporal rate.
         fit: how frames of another shape are brought to that size: their largest central part of the right shape
             ("crop"), all of them with margins ("pad"), or all of them with other proportions ("stretch").
@@ -48,7 +48,7 @@ class VideoTokenizerConfig:
 
     channels: Literal[1, 3] = 1
     frame_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (32, 32)
-    fps: float = Field(default=8.0, gt=0)
+    fps: float = Field(default=8.0, ge=1e-4, le=1000)
     n_frames: int = Field(default=9, ge=1)
     fit: Fit = "crop"
     background: int = Field(default=0, ge=0, le=255)
@@ -209,16 +209,21 @@ class VideoTokenizer(CodecTokenizer[Tokens]):
         """Turn any frames into an item, as `read` does.
 
         Raises:
-            TokenizerError: there is no frame.
+            TokenizerError: no frames, frames that are not 8-bit grey or RGB levels, or a rate that is no finite number
+                above 0.
         """
-        if not len(video.frames) or not video.fps > 0:
+        frames = video.frames
+        pictured = frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] in (1, 3) and frames.size > 0
+        if not pictured or not (math.isfinite(video.fps) and video.fps > 0):
             raise TokenizerError(
-                f"a video of {len(video.frames)} frames at {video.fps} per second, expected at least one frame and a "
-                "rate above 0"
+                f"a video of {frames.dtype} frames {frames.shape} at {video.fps} per second, expected uint8 "
+                "(T, H, W, 1 or 3) with T >= 1 and a finite rate above 0"
             )
-        # A frame that begins within a millionth of its length of the moment asked for is the one shown.
-        moments = np.floor(np.arange(self.config.n_frames) * (video.fps / self.config.fps) + 1e-6).astype(np.int64)
-        shown = video.frames[moments[moments < len(video.frames)]]
+        # A frame that begins within a millionth of its length of the moment asked for is the one shown. The last frame
+        # is over before the moment of a rate as high as the number of frames.
+        step = min(video.fps / self.config.fps, len(frames))
+        moments = np.floor(np.arange(self.config.n_frames) * step + 1e-6).astype(np.int64)
+        shown = frames[moments[moments < len(frames)]]
         pictures = [Image.fromarray(frame if frame.shape[-1] == 3 else frame[..., 0]) for frame in shown]
         fitted = [np.asarray(self._fit(plain_picture(picture, self._mode))) for picture in pictures]
         return self._lengthened(np.stack(fitted))

@@ -1,13 +1,12 @@
-"""Video files as people have them -> upright frames at the rate asked for, and back.
+"""Video files as people have them -> upright frames at the rate asked for.
 
 The formats are MP4 and QuickTime, WebM and Matroska, AVI and GIF, with their usual codecs. The format is recognised by
 content; a file's name says nothing. Pixels are taken as square, and the alpha channel of a WebM is left out; GIFs are
 laid on white where they are transparent, as pictures are.
 """
 
-import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,11 +18,12 @@ import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange, Interpolation
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 from PIL import Image
 
+from omniform.tokenizers.growing_array import GrowingArray
 from omniform.tokenizers.image_files import Mode, plain_picture
 from omniform.tokenizers.media_container import MediaFileError, open_container
 
@@ -32,11 +32,11 @@ CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "gi
 MAX_PIXELS = 2**23  # per frame: 3840 x 2160, and a little more
 MAX_RESULT_BYTES = 2**31
 MAX_FPS = 1000
+_USUAL_FPS = 25  # where a file says nothing of its rate
 # Their time stamps are rounded to hundredths or thousandths of a second: without half a unit of slack, a video that is
 # sampled at its own rate would repeat some frames and lose others.
 _COARSE_CLOCKS = ("gif", "matroska,webm")
-_PLACES = np.array([2**16, 2**8, 1], np.uint32)  # of red, green and blue in one number
-_EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
 
 
 class VideoFileError(MediaFileError):
@@ -133,8 +133,8 @@ def read_video(
             chosen = itertools.islice(shown, max_frames)
         else:
             slack = (stream.time_base or Fraction(0)) / 2 if container.format.name in _COARSE_CLOCKS else Fraction(0)
-            chosen = itertools.islice(_sampled(shown, _rational(fps), slack), max_frames)
-        frames: list[UInt8[np.ndarray, "H W C"]] = []
+            chosen = itertools.islice(_sampled(shown, rational(fps), slack), max_frames)
+        frames = GrowingArray()
         n_bytes = 0
         last: _Shown | None = None
         for moment in chosen:
@@ -148,50 +148,17 @@ def read_video(
                     "too many pixels",
                     f"{len(frames) + 1} frames of {levels.shape} take more than {MAX_RESULT_BYTES} bytes",
                 )
-            frames.append(levels)
+            frames.extend(levels[None])
             last = moment
         if last is None:
             raise VideoFileError("no frames", "a video file holds no frames")
-        rate = len(frames) / last.end if fps is None else _rational(fps)
-        return Video(np.stack(frames), float(rate))
-
-
-def video_bytes(
-    frames: UInt8[np.ndarray, "T H W C"], fps: float | Fraction, extension: str, lossless: bool = False
-) -> bytes:
-    """Return frames as a video file, the same bytes every time.
-
-    Args:
-        frames: 8-bit levels, C = 3 for RGB or 1 for grey.
-        fps: frames per second. GIF counts in hundredths of a second: other intervals are rounded in turn, and their
-            sum is kept.
-        extension: "mp4" (H.264; frames of odd sizes with full colour resolution, which not every player knows), "webm"
-            (VP9), or "gif" (up to 256 colours in each frame are kept, more are reduced).
-        lossless: every level is kept, in RGB, which fewer players know; of a GIF, frames of more than 256 colours are
-            then refused.
-
-    Raises:
-        VideoFileError: no frames, an `fps` that the format cannot hold, another extension, or too many colours.
-    """
-    if extension not in _WRITERS:
-        raise VideoFileError(
-            "cannot be written", f"video cannot be written as {extension!r}: give one of {', '.join(_WRITERS)}"
-        )
-    if frames.ndim != 4 or frames.dtype != np.uint8 or frames.shape[-1] not in (1, 3) or not frames.size:
-        raise VideoFileError(
-            "no frames", f"frames of {frames.dtype} and shape {frames.shape}, expected uint8 (T, H, W, 1 or 3), T >= 1"
-        )
-    highest = 100 if extension == "gif" else MAX_FPS
-    if not 0 < fps <= highest:
-        raise VideoFileError("cannot be written", f"{fps} frames per second, expected up to {highest} in {extension}")
-    return _WRITERS[extension](frames, _rational(fps), lossless)
-
-
-def write_video(
-    path: Path, frames: UInt8[np.ndarray, "T H W C"], fps: float | Fraction, lossless: bool = False
-) -> None:
-    """Write frames in the format that the extension of `path` names; see `video_bytes`."""
-    path.write_bytes(video_bytes(frames, fps, path.suffix.removeprefix(".").lower(), lossless))
+        if fps is not None:
+            rate = rational(fps)
+        elif last.end:
+            rate = len(frames) / last.end
+        else:  # all of them appear at once
+            rate = Fraction(stream.average_rate or _USUAL_FPS)
+        return Video(frames.finish(), float(rate))
 
 
 @dataclass(frozen=True)
@@ -235,13 +202,13 @@ def _opened(source: bytes | Path, max_pixels: int) -> Iterator[tuple[InputContai
 def _shown(container: InputContainer, stream: VideoStream, header: VideoHeader) -> Iterator[_Shown]:
     """Yield all frames in the order of their appearance, once it is known until when each is shown.
 
-    A time stamp that is missing or behind the one before follows it by the frame's duration.
+    A time stamp that is missing or behind the one before stands for the end of the frame before.
     """
-    usual = Fraction(1, 25) if not stream.average_rate else 1 / Fraction(stream.average_rate)
+    usual = 1 / Fraction(stream.average_rate or _USUAL_FPS)
     waiting: VideoFrame | None = None
-    origin = start = end = Fraction(0)
+    origin = start = Fraction(0)
     n_frames = 0
-    for frame in container.decode(stream):
+    for frame in _decoded(container, stream):
         if frame.is_corrupt:
             raise VideoFileError("damaged file", f"frame {n_frames} of a video is damaged")
         if (frame.width, frame.height) != (header.width, header.height):
@@ -253,21 +220,36 @@ def _shown(container: InputContainer, stream: VideoStream, header: VideoHeader) 
         if waiting is None:
             origin = time or Fraction(0)
         else:
-            following = end if time is None else time - origin
-            following = max(following, start)
+            following = start + (_duration(waiting) or usual)
+            if time is not None and time - origin >= start:
+                following = time - origin
             yield _Shown(waiting, start, following)
             usual, start = following - start or usual, following
         waiting, n_frames = frame, n_frames + 1
-        if frame.duration and frame.time_base is not None:
-            end = start + frame.duration * Fraction(frame.time_base)
-        elif header.seconds is not None and not container.streams.audio:
-            end = max(start + usual, Fraction(header.seconds))
-        else:
-            end = start + usual
-    if header.n_frames is not None and n_frames < header.n_frames:
-        raise VideoFileError("cut short", f"a video states {header.n_frames} frames and holds only {n_frames}")
     if waiting is not None:
+        end = start + (_duration(waiting) or usual)
+        if not _duration(waiting) and header.seconds is not None and not container.streams.audio:
+            end = max(end, Fraction(header.seconds))
         yield _Shown(waiting, start, end)
+
+
+def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Yield all frames, and at their end check that the file held as many as its index lists. What the file states
+    beside it counts those that an edit list leaves out too, and the gaps that an AVI fills with empty frames."""
+    n_held = 0
+    for packet in container.demux(stream):
+        n_held += packet.size > 0
+        yield from packet.decode()
+    n_listed = sum(entry.size > 0 for entry in stream.index_entries)
+    if n_held < n_listed:
+        raise VideoFileError("cut short", f"a video lists {n_listed} frames and holds only {n_held}")
+
+
+def _duration(frame: VideoFrame) -> Fraction:
+    """Return for how long a frame is shown as it says itself, in seconds, 0 where it does not."""
+    if frame.time_base is None or frame.duration is None or frame.duration < 0:
+        return Fraction(0)
+    return frame.duration * Fraction(frame.time_base)
 
 
 def _sampled(shown: Iterator[_Shown], fps: Fraction, slack: Fraction) -> Iterator[_Shown]:
@@ -278,15 +260,16 @@ def _sampled(shown: Iterator[_Shown], fps: Fraction, slack: Fraction) -> Iterato
             n_sampled += 1
 
 
-def _rational(fps: float | Fraction) -> Fraction:
-    """Return the rate that is meant: 29.97003 is 30000 / 1001."""
-    return Fraction(fps).limit_denominator(1001)
+def rational(fps: float | Fraction) -> Fraction:
+    """Return the rate that is meant, of two numbers of which the smaller is at most 1001: 29.97003 is 30000 / 1001."""
+    exact = Fraction(fps)
+    return exact.limit_denominator(1001) if exact >= 1 else 1 / (1 / exact).limit_denominator(1001)
 
 
 def _picture(frame: VideoFrame, mode: Mode) -> Image.Image:
     transparent = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
     levels = frame.reformat(
-        format="rgba" if transparent else "rgb24", interpolation=_EXACT, dst_color_range=ColorRange.JPEG, threads=1
+        format="rgba" if transparent else "rgb24", interpolation=EXACT, dst_color_range=ColorRange.JPEG, threads=1
     ).to_ndarray()
     return plain_picture(Image.fromarray(_upright(levels, frame)), mode)
 
@@ -306,96 +289,3 @@ def _upright(levels: UInt8[np.ndarray, "H W C"], frame: VideoFrame) -> UInt8[np.
     turned = levels.transpose(1, 0, 2) if swapped else levels
     rows, columns = (b, c) if swapped else (d, a)
     return np.ascontiguousarray(turned[:: -1 if rows < 0 else 1, :: -1 if columns < 0 else 1])
-
-
-def _write_mp4(frames: UInt8[np.ndarray, "T H W C"], fps: Fraction, lossless: bool) -> bytes:
-    odd = any(side % 2 for side in frames.shape[1:3])
-    codec, layout = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv444p" if odd else "yuv420p")
-    # Its macroblock tree reads numbers that nobody wrote, so that a few files in a hundred would differ.
-    options = {"crf": "0" if lossless else "16", "x264-params": "cpu-independent=1:mbtree=0"}
-    times = range(len(frames) + 1)
-    return _encoded([_frame(levels, layout) for levels in frames], times, 1 / fps, "mp4", codec, options)
-
-
-def _write_webm(frames: UInt8[np.ndarray, "T H W C"], fps: Fraction, lossless: bool) -> bytes:
-    quality = {"lossless": "1"} if lossless else {"crf": "16", "b": "0"}
-    layout = "gbrp" if lossless else "yuv420p"
-    options = {**quality, "deadline": "good", "cpu-used": "4"}
-    times = range(len(frames) + 1)
-    return _encoded([_frame(levels, layout) for levels in frames], times, 1 / fps, "webm", "libvpx-vp9", options)
-
-
-def _write_gif(frames: UInt8[np.ndarray, "T H W C"], fps: Fraction, lossless: bool) -> bytes:
-    times = [round(100 * place / fps) for place in range(len(frames) + 1)]
-    indexed = [_palette_frame(_rgb(levels), lossless) for levels in frames]
-    # Frames are kept whole: FFmpeg compares indices with the frame before, though their palettes may differ.
-    options, muxing = {"gifflags": "-offsetting-transdiff"}, {"final_delay": str(times[-1] - times[-2])}
-    return _encoded(indexed, times, Fraction(1, 100), "gif", "gif", options, muxing)
-
-
-_WRITERS = {"mp4": _write_mp4, "webm": _write_webm, "gif": _write_gif}
-
-
-def _rgb(levels: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W 3"]:
-    return np.ascontiguousarray(np.broadcast_to(levels, (*levels.shape[:2], 3)))
-
-
-def _frame(levels: UInt8[np.ndarray, "H W C"], layout: str) -> VideoFrame:
-    frame = VideoFrame.from_ndarray(_rgb(levels), format="rgb24")
-    if not layout.startswith("yuv"):
-        return frame.reformat(format=layout, threads=1)
-    return frame.reformat(
-        format=layout,
-        dst_colorspace=Colorspace.ITU709,
-        dst_color_range=ColorRange.MPEG,
-        interpolation=_EXACT,
-        threads=1,
-    )
-
-
-def _palette_frame(levels: UInt8[np.ndarray, "H W 3"], lossless: bool) -> VideoFrame:
-    """Return a frame with a palette of its own: its colours, or the best 256 of more (median cut)."""
-    packed, places = np.unique(levels.astype(np.uint32) @ _PLACES, return_inverse=True)
-    colours = (packed[:, None] // _PLACES).astype(np.uint8)
-    if len(colours) > 256:
-        if lossless:
-            raise VideoFileError(
-                "too many colours", f"a frame of {len(colours)} colours cannot be kept in a GIF: it holds up to 256"
-            )
-        reduced = Image.fromarray(levels).quantize(256, dither=Image.Dither.NONE)
-        colours, places = np.array(reduced.getpalette(), np.uint8).reshape(-1, 3), np.asarray(reduced)
-    palette = np.zeros((256, 4), np.uint8)
-    palette[:, 0] = 255  # opaque
-    palette[: len(colours), 1:] = colours
-    indices = places.reshape(levels.shape[:2]).astype(np.uint8)
-    indexed: Any = (indices, palette)  # which the declared type of the argument leaves out
-    return VideoFrame.from_ndarray(indexed, format="pal8")
-
-
-def _encoded(
-    frames: Sequence[VideoFrame],
-    times: Sequence[int],
-    time_base: Fraction,
-    extension: str,
-    codec: str,
-    options: dict[str, str],
-    muxing: dict[str, str] | None = None,
-) -> bytes:
-    """Return frames as a file; frame k is shown from times[k] to times[k + 1], in units of `time_base` seconds."""
-    file = io.BytesIO()
-    bitexact = {"fflags": "+bitexact", **(muxing or {})}
-    with av.open(file, "w", format=extension, container_options=bitexact) as container:
-        stream = container.add_stream(codec, rate=1 / time_base, options={**options, "flags": "+bitexact"})
-        assert isinstance(stream, VideoStream)
-        stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, frames[0].format.name
-        context = stream.codec_context
-        context.time_base = time_base
-        context.thread_count = 1
-        if frames[0].format.name.startswith("yuv"):
-            context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
-            context.color_range = ColorRange.MPEG
-        for frame, start, end in zip(frames, times[:-1], times[1:], strict=True):
-            frame.pts, frame.duration, frame.time_base = start, end - start, time_base
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return file.getvalue()

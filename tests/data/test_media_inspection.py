@@ -12,7 +12,7 @@ from omniform.data.schema import RawSample, RawSpan
 from omniform.data.shards import ShardWriter
 from omniform.data.verify import verify
 from omniform.tokenizers.audio_files import audio_bytes
-from omniform.tokenizers.video_files import video_bytes
+from omniform.tokenizers.video_writing import video_bytes
 
 SQUARE = torch.ones(8000) * torch.tensor([0.5, -0.5]).repeat(4000)
 COLOURS = np.array([[255, 0, 0]] * 2 + [[0, 255, 0]] * 3 + [[0, 0, 255]] * 2, np.uint8)

@@ -26,7 +26,7 @@ from omniform.tokenizers.audio_files import (
     write_audio,
 )
 from omniform.tokenizers.image_files import open_picture
-from omniform.tokenizers.video_files import video_bytes
+from omniform.tokenizers.video_writing import video_bytes
 
 RATE = 16000
 EXTENSIONS = ("wav", "flac", "mp3", "ogg")

@@ -24,9 +24,8 @@ from omniform.tokenizers.video_files import (
     VideoFileError,
     read_video,
     read_video_header,
-    video_bytes,
-    write_video,
 )
+from omniform.tokenizers.video_writing import video_bytes, write_video
 
 EXTENSIONS = ("mp4", "webm", "gif")
 

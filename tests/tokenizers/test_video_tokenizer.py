@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 
 from omniform.tokenizers.base import Discrete, TokenizerError, Tokens
@@ -21,7 +22,8 @@ from omniform.tokenizers.codecs.residual import ResidualConfig
 from omniform.tokenizers.codecs.vq import VQEMAConfig
 from omniform.tokenizers.registry import load_modality
 from omniform.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
-from omniform.tokenizers.video_files import Video, VideoFileError, video_bytes
+from omniform.tokenizers.video_files import Video, VideoFileError
+from omniform.tokenizers.video_writing import video_bytes
 
 QUANTIZERS = {
     "fsq": FSQConfig(levels=(5, 4)),
@@ -264,8 +266,21 @@ def test_what_is_no_video_of_the_right_kind_is_refused() -> None:
             tokenizer.decode(Tokens(torch.full((6,), code), (1, 2, 3)))
     with pytest.raises(VideoFileError):
         tokenizer.read(b"no video")
-    with pytest.raises(TokenizerError, match="a video of 0 frames"):
-        tokenizer.from_video(Video(np.zeros((0, 16, 24, 1), np.uint8), 8.0))
+    for frames, fps in [
+        *((np.zeros(shape, np.uint8), 8.0) for shape in ((0, 16, 24, 1), (2, 0, 24, 1), (2, 16, 24), (2, 16, 24, 4))),
+        (np.zeros((2, 16, 24, 1), np.float32), 8.0),
+        *((np.zeros((2, 16, 24, 1), np.uint8), fps) for fps in (0.0, -1.0, np.inf, np.nan)),
+    ]:
+        with pytest.raises(TokenizerError, match=r"expected uint8 \(T, H, W, 1 or 3\)"):
+            tokenizer.from_video(Video(frames, fps))
+    still = tokenizer.from_video(Video(np.arange(2, dtype=np.uint8).repeat(16 * 24).reshape(2, 16, 24, 1), 1e300))
+    assert torch.equal(still, -torch.ones_like(still))  # all but the first frame are over at once
+
+
+@pytest.mark.parametrize("fps", [0.0, -1.0, 1e-300, 1001.0, float("inf"), float("nan")])
+def test_rates_at_which_no_file_can_be_sampled_are_refused(fps: float) -> None:
+    with pytest.raises(ValidationError, match="fps"):
+        VideoTokenizerConfig(fps=fps)
 
 
 @pytest.mark.parametrize(

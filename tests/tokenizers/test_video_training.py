@@ -14,7 +14,7 @@ from omniform.data.shards import ShardWriter
 from omniform.modeling.config import ConfigError
 from omniform.tokenizers.registry import load_modality
 from omniform.tokenizers.video import VideoTokenizerConfig
-from omniform.tokenizers.video_files import video_bytes
+from omniform.tokenizers.video_writing import video_bytes
 from omniform.training.tokenizer_task import train_tokenizer
 
 CODEC = VideoTokenizerConfig(frame_size=(8, 8), widths=(8,), time_strides=()).build()
