@@ -1,4 +1,4 @@
-"""Two tokenizers simple enough to check by eye, and shards for them."""
+"""Two tokenizers simple enough to check by eye, shards for them, and small tokenizers of every modality."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +13,13 @@ from omniform.data.shards import ShardWriter
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
 from omniform.tokenizers.base import Discrete, Modality, TokenizerError, Tokens
+from omniform.tokenizers.codecs.fsq import FSQConfig
+from omniform.tokenizers.codecs.residual import ResidualConfig
+from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from omniform.tokenizers.image_latents import ImagePatchesConfig, ImagePatchesTokenizer
+from omniform.tokenizers.speech import SpeechTokenizer, SpeechTokenizerConfig
+from omniform.tokenizers.text import SentencePieceTokenizer
+from omniform.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
 from omniform.tokenizers.vocabulary import Vocabulary
 
 
@@ -129,3 +136,29 @@ def write_pairs() -> Callable[..., Path]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole of digits-world, with three copies of each training image, and two of everything else."""
     return build_digits(tmp_path_factory.mktemp("world") / "digits", seed=3, copies=3, limit=2)
+
+
+def small(seed: int) -> dict[str, Modality]:
+    """Small tokenizers of every modality with random weights."""
+    torch.manual_seed(seed)
+    image = ImageTokenizerConfig(patch_size=4, widths=(8,), quantizer=FSQConfig(levels=(4, 3)))
+    speech = SpeechTokenizerConfig(width=8, n_blocks=1, quantizer=FSQConfig(levels=(3, 3)))
+    quantizer = ResidualConfig(depth=2, base=FSQConfig(levels=(3, 5)))
+    video = VideoTokenizerConfig(patch_size=16, widths=(8,), time_strides=(), quantizer=quantizer)
+    return {
+        "text": SentencePieceTokenizer.train(["one digit"], vocab_size=265),
+        "image": ImageTokenizer(image, image.build()),
+        "speech": SpeechTokenizer(speech, speech.build()),
+        "video": VideoTokenizer(video, video.build()),
+    }
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tokenizers as a worker process loads them, and another one for images."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    patches = ImagePatchesTokenizer(ImagePatchesConfig(channels=1, image_size=16, patch_size=8))
+    for name, tokenizer in {**small(0), "other image": small(1)["image"], "patches": patches}.items():
+        (folder / name).mkdir()
+        tokenizer.save(folder / name)
+    return {path.name: path for path in sorted(folder.iterdir())}

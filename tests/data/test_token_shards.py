@@ -30,44 +30,11 @@ from omniform.modeling.folder import build_vocabulary
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
 from omniform.tokenizers.audio_files import audio_bytes
-from omniform.tokenizers.base import Latents, Modality
-from omniform.tokenizers.codecs.fsq import FSQConfig
-from omniform.tokenizers.codecs.residual import ResidualConfig
-from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
-from omniform.tokenizers.image_latents import ImagePatchesConfig, ImagePatchesTokenizer
+from omniform.tokenizers.base import Latents
 from omniform.tokenizers.registry import load_modality
-from omniform.tokenizers.speech import SpeechTokenizer, SpeechTokenizerConfig
-from omniform.tokenizers.text import SentencePieceTokenizer
-from omniform.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
 from omniform.tokenizers.video_writing import video_bytes
 
 N_SAMPLES = 11
-
-
-def small(seed: int) -> dict[str, Modality]:
-    """Small tokenizers of every modality with random weights."""
-    torch.manual_seed(seed)
-    image = ImageTokenizerConfig(patch_size=4, widths=(8,), quantizer=FSQConfig(levels=(4, 3)))
-    speech = SpeechTokenizerConfig(width=8, n_blocks=1, quantizer=FSQConfig(levels=(3, 3)))
-    quantizer = ResidualConfig(depth=2, base=FSQConfig(levels=(3, 5)))
-    video = VideoTokenizerConfig(patch_size=16, widths=(8,), time_strides=(), quantizer=quantizer)
-    return {
-        "text": SentencePieceTokenizer.train(["one digit"], vocab_size=265),
-        "image": ImageTokenizer(image, image.build()),
-        "speech": SpeechTokenizer(speech, speech.build()),
-        "video": VideoTokenizer(video, video.build()),
-    }
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tokenizers as a worker process loads them, and another one for images."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    patches = ImagePatchesTokenizer(ImagePatchesConfig(channels=1, image_size=16, patch_size=8))
-    for name, tokenizer in {**small(0), "other image": small(1)["image"], "patches": patches}.items():
-        (folder / name).mkdir()
-        tokenizer.save(folder / name)
-    return {path.name: path for path in sorted(folder.iterdir())}
 
 
 FOUR = ("text", "image", "speech", "video")
@@ -229,18 +196,6 @@ def test_training_gets_the_same_rows_as_from_raw_shards(
             assert [s.noise_key for s in ours] == [s.noise_key for s in theirs]
 
 
-def test_a_run_may_use_fewer_modalities_than_were_encoded(
-    shards: Path, encoded: Path, tokenizer_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    some = {name: load_modality(tokenizer_folders[name]) for name in ("text", "speech")}
-    source, raw = TokenSource(encoded, some, tmp_path), TokenSource(shards, some, tmp_path / "cache")
-    assert source.digest == raw.digest
-    for number in set(range(N_SAMPLES)) - {6}:
-        assert source.spans(number) == raw.spans(number)
-        for place in range(2):
-            assert source.tokens(number, place).codes.tolist() == raw.tokens(number, place).codes.tolist()
-
-
 def test_tokens_of_another_tokenizer_are_refused_by_name_and_both_hashes(
     encoded: Path, tokenizer_folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -361,8 +316,3 @@ def test_wrong_tokenizers_are_refused_before_anything_is_written(
     assert result.exit_code != 0
     assert message in f"{result.output}{result.exception}"
     assert not (tmp_path / "tokens").exists()
-
-
-def test_tokens_do_not_lie_among_their_shards(shards: Path, tokenizer_folders: dict[str, Path]) -> None:
-    with pytest.raises(DataError, match="give another --out"):
-        encode_folder(shards, of(tokenizer_folders, "text"), shards)
