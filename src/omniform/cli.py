@@ -294,7 +294,9 @@ def tokenizer_eval(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="attention, generation, batch_invariance, objectives")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="attention, generation, batch_invariance, objectives, judges")
+    ],
     as_json: Json = False,
 ) -> None:
     """Measure two ways of doing the same work, in turns in one process, and print the ratio of their times.
