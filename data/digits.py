@@ -12,7 +12,7 @@ import numpy.typing as npt
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from omniform.data.digit_concepts import COUNTS, SplitMedia
+from omniform.data.digit_media import COUNTS, SplitMedia
 from omniform.data.handwritten_digits import (
     SPLIT_ROWS,
     WRITER_BLOCKS,

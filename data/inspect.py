@@ -16,8 +16,8 @@ from omniform.data.schema import DataError, RawSample, SampleError
 from omniform.data.sealed import unseal
 from omniform.data.shards import ShardReader
 from omniform.data.tally import Tally
-from omniform.data.verify import MANIFEST
-from omniform.tokenizers.audio_files import read_audio, read_audio_header
+from omniform.data.verify import MANIFEST, decode_sound
+from omniform.tokenizers.audio_files import read_audio_header
 from omniform.tokenizers.base import TokenizerError
 from omniform.tokenizers.image_files import read_header, read_picture
 from omniform.tokenizers.video_files import read_video, read_video_header
@@ -232,7 +232,7 @@ def _film(payload: bytes, size: tuple[int, int]) -> Image.Image:
 
 def _waveform(payload: bytes, size: tuple[int, int]) -> Image.Image:
     """Return the range of levels in each column of pixels, from full scale at the top to the bottom."""
-    samples = read_audio(payload, read_audio_header(payload).rate).numpy()
+    samples = decode_sound(payload).numpy()
     strip = Image.new("RGB", size, "whitesmoke")
     draw = ImageDraw.Draw(strip)
     edges = np.linspace(0, len(samples), size[0] + 1).astype(int)

@@ -44,7 +44,7 @@ VOICES = {
         *("gmw/en-US+adam", "gmw/en+announcer", "gmw/en-US+belinda", "gmw/en+linda"),
     ),
 }
-# Words per minute. A word then lasts 0.2 to 0.75 s; at PHRASE_RATE or faster, three words 0.6 to 1.6 s.
+# Words per minute. A word then lasts 0.21 to 0.72 s; at PHRASE_RATE or faster, a phrase 0.72 to 1.50 s.
 RATES = {"train": (130, 150, 170), "validation": (140, 150, 160), "test": (140, 150, 160)}
 PITCHES = {"train": (40, 50, 60), "validation": (50,), "test": (50,)}
 PHRASE_RATE = 150

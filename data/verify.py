@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from omniform.data.index import SampleRecord, ShardIndex, index_path, index_shard, read_index, shard_folders
 from omniform.data.schema import DataError, SampleError
@@ -18,6 +20,7 @@ from omniform.tokenizers.image_files import read_picture
 from omniform.tokenizers.video_files import read_video
 
 MANIFEST = "manifest.json"
+SOUND_RATE = 16_000
 _MAX_FRAMES = 10**6
 
 
@@ -159,9 +162,16 @@ def _decode(modality: str, payload: bytes) -> None:
     if modality == "image":
         read_picture(payload, "RGB")
     elif modality == "speech":
-        read_audio(payload, read_audio_header(payload).rate)
+        decode_sound(payload)
     elif modality == "video":
         read_video(payload, fps=None, max_frames=_MAX_FRAMES, fit=lambda picture: picture.resize((1, 1)))
+
+
+def decode_sound(payload: bytes) -> Float[Tensor, "N"]:
+    """Decode a sound file at its own rate, or SOUND_RATE if that is higher: a small file may state any rate, and to be
+    looked at or listened through it needs no more.
+    """
+    return read_audio(payload, min(read_audio_header(payload).rate, SOUND_RATE))
 
 
 def _first_difference(shard: Path, stored: Path) -> str | None:

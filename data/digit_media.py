@@ -1,4 +1,4 @@
-"""Samples of digits-world that sound or move: spoken and moving digits, concepts in four modalities, and stories."""
+"""Samples of digits-world with sound or motion: spoken and moving digits, concepts in four modalities, and stories."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +68,10 @@ class Spoken:
 
 
 class SplitMedia:
-    """Words, phrases and clips of one split, made at once, from which its samples are put together.
+    """Words, phrases and clips of one split, from which its samples are put together.
+
+    The constructor renders all of them, for what a split says has to come from one process of espeak-ng; the methods
+    only put together.
 
     Args:
         images, labels: all drawings, and their digits.
