@@ -25,11 +25,14 @@ def stored(samples: np.ndarray, rate: int, file_format: str = "WAV", subtype: st
     return file.getvalue()
 
 
-def encoded(samples: np.ndarray, rate: int, container_format: str, codec: str) -> bytes:
-    """A mono file as FFmpeg writes it."""
+def encoded(samples: np.ndarray, rate: int, container_format: str, codec: str, bit_rate: int | None = None) -> bytes:
+    """A mono file as FFmpeg writes it; of an MP3 its frames alone."""
     file = io.BytesIO()
-    with av.open(file, "w", format=container_format) as container:
+    plain = {"write_xing": "0", "id3v2_version": "0"} if container_format == "mp3" else {}
+    with av.open(file, "w", format=container_format, container_options=plain) as container:
         stream = container.add_stream(codec, rate=rate, layout="mono")
+        if bit_rate is not None:
+            stream.bit_rate = bit_rate
         frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
         frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
         container.mux(stream.encode(frame))

@@ -52,6 +52,26 @@ def irregular(extension: str, stamps: Sequence[int], last: int, time_base: Fract
     return file.getvalue()
 
 
+def stamped(container_format: str, codec: str, stamps: Sequence[int]) -> bytes:
+    """A file of `numbered` frames whose time stamps are these eighths of a second, in the order of decoding."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container_format) as container:
+        stream = container.add_stream(codec, rate=8, options={"bf": "0"})
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 8)
+        frames = [av.VideoFrame.from_ndarray(levels, format="rgb24") for levels in numbered(len(stamps))]
+        for place, frame in enumerate(frames):
+            frame.pts, frame.time_base = place, Fraction(1, 8)
+        for packet in (packet for frame in [*frames, None] for packet in stream.encode(frame)):
+            place = packet.pts
+            packet.pts = stamps[place]
+            packet.dts = min(stamps[place:])  # never beyond the stamp, and never back
+            container.mux(packet)
+    return file.getvalue()
+
+
 def turned(matrix: tuple[float, ...], payload: bytes) -> bytes:
     """An MP4 with another display matrix."""
     a, b, c, d = (round(65536 * entry) for entry in matrix)

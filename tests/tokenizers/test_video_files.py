@@ -1,6 +1,7 @@
 """Video files of many makers: each is read as it was meant, and no more of it than is needed."""
 
 import io
+import tracemalloc
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sample_videos import EXTENSIONS, clip, irregular, numbered, numbers, turned
+from sample_videos import EXTENSIONS, clip, irregular, numbered, numbers, stamped, turned
 
 from omniform.tokenizers.image_files import fit_picture
 from omniform.tokenizers.video_files import VideoFileError, read_video, read_video_header
@@ -97,15 +98,6 @@ def test_only_the_frames_that_are_needed_are_decoded() -> None:
         read_video(bytes(payload), fps=12.5, max_frames=5000)
 
 
-@pytest.mark.parametrize("extension", EXTENSIONS)
-def test_ten_thousand_frames_give_as_many_as_asked_for(extension: str) -> None:
-    payload = video_bytes(np.tile(numbered(10, 2), (1000, 1, 1, 1)), 50, extension)
-    assert numbers(read_video(payload, fps=None, max_frames=7)) == list(range(7))
-    assert numbers(read_video(payload, fps=1, max_frames=3)) == [0, 0, 0]
-    assert numbers(read_video(payload, fps=12.5, max_frames=6)) == [0, 4, 8, 2, 6, 0]
-    assert len(read_video(payload, fps=0.5, max_frames=1000).frames) == 100
-
-
 def test_frames_are_fitted_as_they_are_decoded() -> None:
     payload = video_bytes(clip(3, 40, 64), 8, "webm")
     seen = []
@@ -160,3 +152,83 @@ def test_a_still_gif_is_a_video_of_one_frame() -> None:
     video = read_video(file.getvalue(), fps=24, max_frames=9)
     assert video.frames.shape[1:] == (6, 8, 3)
     assert np.all(video.frames == [0, 255, 0])
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_of_a_thousand_frames_as_many_are_held_as_asked_for(extension: str) -> None:
+    payload = video_bytes(np.tile(numbered(10, 16), (100, 1, 1, 1)), 50, extension)
+    tracemalloc.start()
+    try:
+        assert numbers(read_video(payload, fps=None, max_frames=7)) == list(range(7))
+        assert numbers(read_video(payload, fps=1, max_frames=3)) == [0, 0, 0]
+        assert numbers(read_video(payload, fps=12.5, max_frames=6)) == [0, 4, 8, 2, 6, 0]
+        assert len(read_video(payload, fps=0.5, max_frames=1000).frames) == 10
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 200 * 16 * 16 * 3
+
+
+def test_a_result_is_held_once() -> None:
+    frames = np.broadcast_to(np.uint8(7), (500, 64, 64, 1))
+    payload = video_bytes(frames, 50, "mp4")
+    tracemalloc.start()
+    try:
+        found = read_video(payload, fps=50, max_frames=1000).frames
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.shape == (500, 64, 64, 3)
+    assert peak < 1.25 * found.nbytes + 2**18
+
+
+def test_frames_that_an_edit_list_leaves_out_are_not_missed() -> None:
+    payload = stamped("mp4", "libx264", range(-3, 6))
+    assert read_video_header(payload).n_frames == 9
+    assert numbers(read_video(payload, fps=None, max_frames=99)) == [3, 4, 5, 6, 7, 8]
+
+
+def test_the_gaps_of_an_avi_are_no_missing_frames() -> None:
+    payload = stamped("avi", "mpeg4", [0, 1, 4, 5, 6])
+    assert numbers(read_video(payload, fps=None, max_frames=99)) == [0, 1, 2, 3, 4]
+    assert numbers(read_video(payload, fps=8, max_frames=99)) == [0, 1, 1, 1, 2, 3, 4]
+
+
+def test_frames_without_stamps_of_their_own_follow_each_other() -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format="avi") as container:  # an AVI knows only the order in which frames are decoded
+        stream = container.add_stream("libx264", rate=8, options={"bf": "2", "b_strategy": "0"})
+        stream.width = stream.height = 16
+        for levels in numbered(9):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(levels, format="rgb24")))
+        container.mux(stream.encode(None))
+    video = read_video(file.getvalue(), fps=8, max_frames=99)
+    assert numbers(video) == list(range(9))
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libvpx-vp9"])
+def test_frames_with_stamps_that_go_back_follow_each_other(codec: str) -> None:
+    payload = stamped("matroska", codec, [0, 3, 1, 2, 6])  # shown at 0, 3, 4, 5 and 6
+    assert numbers(read_video(payload, fps=8, max_frames=99)) == [0, 0, 0, 1, 2, 3, 4]
+    video = read_video(payload, fps=None, max_frames=99)
+    assert numbers(video) == [0, 1, 2, 3, 4]
+    assert video.fps == pytest.approx(5 / (7 / 8))
+
+
+def test_frames_that_appear_at_once_have_the_average_rate_of_the_file() -> None:
+    payload = stamped("matroska", "libvpx-vp9", [0, 0, 0, 5])
+    assert read_video(payload, fps=None, max_frames=2).fps == read_video_header(payload).fps
+    assert numbers(read_video(payload, fps=8, max_frames=99)) == [2, 2, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize("fps", [1e-4, 1e-300])
+def test_a_rate_far_below_any_video_shows_its_first_frame(fps: float) -> None:
+    video = read_video(video_bytes(numbered(3), 8, "mp4"), fps=fps, max_frames=9)
+    assert numbers(video) == [0]
+    assert video.fps == fps
+
+
+@pytest.mark.parametrize("tail", [b"\xff" * 20, bytes(50), b"abc", bytes(range(1, 20))])
+def test_what_follows_the_last_box_of_an_mp4_is_passed_over(tail: bytes) -> None:
+    payload = video_bytes(numbered(3), 8, "mp4") + tail
+    assert numbers(read_video(payload, fps=None, max_frames=9)) == [0, 1, 2]

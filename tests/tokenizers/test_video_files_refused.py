@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_a_fragmented_or_moov_first_mp4_that_is_cut_short_is_refused() -> None:
     payload = file.getvalue()
     assert numbers(read_video(payload, fps=None, max_frames=100)) == list(range(9))
     place = payload.rindex(b"mdat")
-    assert refusal(payload[: place + 6]) in ("damaged file", "cut short")
+    assert refusal(payload[: place + 6]) == "cut short"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,35 @@ def test_an_mp4_whose_frames_lie_in_another_file_is_refused(tmp_path: Path) -> N
         moved = moved[:place] + struct.pack(">I", size + grown) + moved[place + 4 :]
     blank = moved.index(b"mdat") + 4
     outer.write_bytes(moved[:blank] + bytes(moved.index(b"moov") - 4 - blank) + moved[moved.index(b"moov") - 4 :])
-    assert refusal(outer) in ("damaged file", "points to another file", "cut short", "no frames")
+    assert refusal(outer) == "damaged file"
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for path in (tmp_path, tmp_path / "pipe.mp4", tmp_path / "zero\0byte.mp4", Path("/dev/zero")):
+        assert refusal(path) == "cannot be opened"
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_sizes_far_beyond_the_end_are_refused_in_files_as_in_bytes(tmp_path: Path) -> None:
+    webm = video_bytes(numbered(3), 8, "webm")
+    path = tmp_path / "video.webm"
+    for size in (2**56 - 2, 2**40):
+        payload = webm[:4] + (2**56 + size).to_bytes(8) + webm[5:]
+        path.write_bytes(payload)
+        assert refusal(path) == refusal(payload) == "cut short"
+
+
+def test_large_files_and_files_of_very_many_parts_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "large.mp4"
+    path.write_bytes(video_bytes(numbered(3), 8, "mp4"))
+    os.truncate(path, 2**32 + 1)  # takes no room
+    assert refusal(path) == "file too large"
+    gif = video_bytes(numbered(3), 8, "gif")
+    palette = 13 + 3 * 256
+    comment = b"!\xfe" + b"\1x" * 2**20 + b"\0"
+    assert refusal(gif[:palette] + comment + gif[palette:]) == "damaged file"
 
 
 def test_files_without_frames_are_refused() -> None:
@@ -137,10 +166,10 @@ def test_files_without_frames_are_refused() -> None:
         stream.width = stream.height = 16
         stream.pix_fmt = "yuv420p"
         container.start_encoding()
-    assert refusal(file.getvalue()) in ("no frames", "damaged file")
+    assert refusal(file.getvalue()) == "damaged file"
     gif = video_bytes(numbered(1), 8, "gif")
     palette = 13 + 3 * 256
-    assert refusal(gif[:palette] + b";") in ("no frames", "damaged file")
+    assert refusal(gif[:palette] + b";") == "no frames"
 
 
 @pytest.mark.parametrize(("fps", "max_frames"), [(0, 9), (-1, 9), (float("nan"), 9), (2000, 9), (8, 0)])

@@ -1,6 +1,7 @@
 """Video files that are written here: others read them, and they are read again."""
 
 import io
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sample_videos import EXTENSIONS, clip
+from sample_videos import EXTENSIONS, clip, numbered, numbers
 
 from omniform.tokenizers.video_files import VideoFileError, read_video, read_video_header
 from omniform.tokenizers.video_writing import video_bytes
@@ -54,6 +55,8 @@ def test_a_gif_keeps_256_colours_per_frame_and_says_so_of_more() -> None:
         (np.zeros((3, 4, 4, 3), np.uint8), 8, "avi", "cannot be written"),
         (np.zeros((3, 4, 4, 3), np.uint8), 0, "mp4", "cannot be written"),
         (np.zeros((3, 4, 4, 3), np.uint8), 101, "gif", "cannot be written"),
+        (np.zeros((3, 4, 4, 3), np.uint8), 0.001, "gif", "cannot be written"),
+        (np.zeros((3, 4, 4, 3), np.uint8), 1e-5, "mp4", "cannot be written"),
         (np.zeros((3, 4, 4, 3), np.uint8), float("nan"), "webm", "cannot be written"),
     ],
 )
@@ -81,3 +84,23 @@ def test_frames_come_back_in_their_own_size_and_order(extension: str, height: in
         assert not difference.any()
     header = read_video_header(payload)
     assert (header.width, header.height) == (width, height)
+
+
+@pytest.mark.parametrize(("extension", "fps"), [("mp4", 1e-4), ("webm", 1e-4), ("gif", 0.002), ("mp4", 0.0015)])
+def test_frames_may_be_shown_for_hours(extension: str, fps: float) -> None:
+    video = read_video(video_bytes(numbered(3), fps, extension), fps=None, max_frames=9)
+    assert numbers(video) == [0, 1, 2]
+    assert video.fps == pytest.approx(fps, rel=1e-3)
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_frames_are_converted_as_they_are_written(extension: str) -> None:
+    frames = np.broadcast_to(np.uint8(7), (500, 64, 64, 1))
+    tracemalloc.start()
+    try:
+        payload = video_bytes(frames, 50, extension)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert read_video(payload, fps=None, max_frames=999).frames.shape == (500, 64, 64, 3)
+    assert peak < 100 * 64 * 64 * 3
