@@ -69,7 +69,7 @@ class VideoHeader:
         codec: FFmpeg's name of the codec, such as "h264" or "gif".
         width: pixels as stored, before any turn; so is `height`.
         fps: the average rate, None where the file states none.
-        n_frames: how many frames, None where the file states no number.
+        n_frames: how many frames, also those that an edit list leaves out; None where the file states no number.
         seconds: its stated length, None where it states none.
     """
 

@@ -1,6 +1,7 @@
 """Video files of many makers: each is read as it was meant, and no more of it than is needed."""
 
 import io
+import struct
 import tracemalloc
 from collections.abc import Sequence
 from fractions import Fraction
@@ -186,6 +187,11 @@ def test_frames_that_an_edit_list_leaves_out_are_not_missed() -> None:
     payload = stamped("mp4", "libx264", range(-3, 6))
     assert read_video_header(payload).n_frames == 9
     assert numbers(read_video(payload, fps=None, max_frames=99)) == [3, 4, 5, 6, 7, 8]
+    place = payload.index(b"elst") + 12
+    assert payload[place : place + 8] == struct.pack(">Ii", 750, 3 * 2048)  # milliseconds shown, from this unit on
+    for n_shown, first in ((2, 0), (2, 4), (4, 5)):
+        edited = payload[:place] + struct.pack(">Ii", 125 * n_shown, 2048 * first) + payload[place + 8 :]
+        assert numbers(read_video(edited, fps=None, max_frames=99)) == list(range(first, first + n_shown))
 
 
 def test_the_gaps_of_an_avi_are_no_missing_frames() -> None:

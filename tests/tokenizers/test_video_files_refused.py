@@ -66,6 +66,22 @@ def test_a_fragmented_or_moov_first_mp4_that_is_cut_short_is_refused() -> None:
     assert refusal(payload[: place + 6]) == "cut short"
 
 
+def test_an_mp4_whose_samples_last_to_its_end_is_refused_where_frames_that_it_lists_are_missing(tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    with av.open(path, "w", container_options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = 16
+        for levels in numbered(9):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(levels, format="rgb24")))
+        container.mux(stream.encode(None))
+    payload = path.read_bytes()
+    place = payload.index(b"mdat", payload.index(b"moov"))
+    payload = payload[: place - 4] + bytes(4) + payload[place:]  # a size of 0: up to the end
+    assert numbers(read_video(payload, fps=None, max_frames=100)) == list(range(9))
+    reasons = {refusal(payload[:-cut]) for cut in range(1, 120)}
+    assert reasons == {"cut short", "damaged file"}  # between two frames, and within one
+
+
 @pytest.mark.parametrize(
     "payload",
     [
