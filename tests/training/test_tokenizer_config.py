@@ -11,7 +11,7 @@ from omniform.training.tokenizer_config import CodecTrainConfig, PerturbationCon
 from omniform.training.tokenizer_task import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tokenizers"
-QUANTIZED = ["digits-image", "digits-speech", "digits-speech-residual", "digits-video"]
+QUANTIZED = ["digits-image", "digits-speech", "digits-speech-25", "digits-speech-residual", "digits-video"]
 
 
 def weights(name: str, *overrides: str) -> Any:
