@@ -221,8 +221,7 @@ def _load_all(folders: Mapping[str, Path]) -> dict[str, Modality[Any]]:
     """Return the tokenizers by modality, in name order."""
     tokenizers = {}
     for name, folder in sorted(folders.items()):
-        in_run = folder / "tokenizer"
-        tokenizers[name] = load_modality(in_run if in_run.is_dir() else folder)
+        tokenizers[name] = load_modality(folder)
         if tokenizers[name].name != name:
             raise DataError(f"{folder} holds a tokenizer for {tokenizers[name].name}: expected one for {name}")
     return tokenizers

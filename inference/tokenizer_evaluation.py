@@ -68,8 +68,7 @@ def evaluate_tokenizer(
     """
     if out is not None:
         _prepare(out)
-    in_run = folder / "tokenizer"
-    tokenizer = load_modality(in_run if in_run.is_dir() else folder)
+    tokenizer = load_modality(folder)
     source, items, about = _held_out(tokenizer, data_dir, split, subset, limit)
     figures = {
         "modality": tokenizer.name,

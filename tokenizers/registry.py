@@ -22,12 +22,15 @@ _KNOWN: tuple[type[Modality[Any]], ...] = (
 MODALITIES = {cls.kind: cls for cls in _KNOWN}
 
 
-def load_modality(folder: Path) -> Modality[Any]:
-    """Read the tokenizer in `folder`, whichever kind it is.
+def load_modality(folder: str | Path) -> Modality[Any]:
+    """Read the tokenizer in `folder`, or in the `tokenizer` folder of the run that trained it, whichever kind it is.
 
     Raises:
         TokenizerError: no tokenizer there, an unknown kind, or a damaged file.
     """
+    folder = Path(folder)
+    if (folder / "tokenizer").is_dir():
+        folder /= "tokenizer"
     kind = read_kind(folder)
     if kind not in MODALITIES:
         raise TokenizerError(f"{folder} holds a tokenizer of kind {kind!r}, expected one of {sorted(MODALITIES)}")

@@ -58,7 +58,7 @@ def open_run_folder(out: Path, config: FitConfig, *, fresh: bool = False, result
             else:
                 path.unlink(missing_ok=True)
     path = out / CONFIG_FILE
-    if path.exists():
+    if path.exists() and taken:  # a configuration alone is of a run that never began
         _check_same_run(path, config)
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(dump_config(config), encoding="utf-8")

@@ -55,7 +55,7 @@ def tokenizer_section(folder: Path) -> str:
         if told := _confusions(judge):
             parts.append(f'<p class="note">Most often wrong after the round trip: {html.escape(told)}.</p>')
     parts += [
-        '<p class="note">Held-out originals, and what their codes give back.</p>'
+        '<p class="note">Above or at the left held-out originals, below or at the right what comes back.</p>'
         f'<p><img class="wide" src="{data_url(picture)}" alt="{html.escape(picture.stem)}"></p>'
         for picture in (folder / f"reconstructions.{extension}" for extension in ("png", "gif"))
         if picture.exists()
@@ -84,6 +84,8 @@ def _title(figures: Mapping[str, Any]) -> str:
 
 
 def _label(key: str) -> str:
+    if key == "judge":
+        return "digit judge"
     return " ".join(_WORDS.get(word, word) for word in key.split("_"))
 
 

@@ -40,6 +40,11 @@ def test_the_registry_loads_each_kind(folder: Path) -> None:
     assert type(tokenizer) is MODALITIES[tokenizer.kind]
 
 
+def test_the_folder_of_the_run_serves_as_well_and_so_does_its_name(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run" / "tokenizer")
+    assert load_modality(str(tmp_path / "run")).representation == load_modality(folder).representation
+
+
 @given(data=st.data())
 def test_any_flipped_bit_is_found(folder: Path, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(sorted(folder.iterdir())))

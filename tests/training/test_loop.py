@@ -242,6 +242,16 @@ def test_a_folder_that_holds_no_run_is_left_alone(toy: ModuleType, tmp_path: Pat
     assert [path.name for path in tmp_path.rglob("*.*")] == ["notes.txt"]
 
 
+def test_a_configuration_alone_does_not_stand_in_the_way_of_another(toy: ModuleType, tmp_path: Path) -> None:
+    toy.run_toy(tmp_path / "one", **FAST)
+    (tmp_path / "two").mkdir()
+    before = (tmp_path / "one" / "config.yaml").read_text()
+    (tmp_path / "two" / "config.yaml").write_text(before.replace("seed: 0", "seed: 7"))  # of a run that never began
+    assert before != (tmp_path / "two" / "config.yaml").read_text()
+    toy.run_toy(tmp_path / "two", **FAST)
+    assert final(tmp_path / "one") == final(tmp_path / "two")
+
+
 def test_run_that_only_fails_stops_with_its_budget(toy: ModuleType, tmp_path: Path) -> None:
     settings = {"optim": {"skip_limit": 3}, "toy": {"nan_steps": [1, 2, 3, 4]}}
     with pytest.raises(OmniformError, match="not finite in 3 steps in a row, up to step 4"):
