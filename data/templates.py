@@ -26,17 +26,22 @@ TEST_TEMPLATES = (
     "the handwritten number {word}",
 )
 
+# Wordings that say nothing of the medium.
+_PLAIN = (
+    "{word}",
+    "{numeral}",
+    "the digit {word}",
+    "the digit {numeral}",
+    "the number {word}",
+    "this is the number {numeral}",
+)
+
 # Of what: templates to learn from, and those of the test split. "concept" says nothing of the medium.
 CAPTIONS = {
     "image": (TRAIN_TEMPLATES, TEST_TEMPLATES),
     "speech": (
         (
-            "{word}",
-            "{numeral}",
-            "the digit {word}",
-            "the digit {numeral}",
-            "the number {word}",
-            "this is the number {numeral}",
+            *_PLAIN,
             "a spoken {word}",
             "a spoken {numeral}",
             "a voice saying {word}",
@@ -62,14 +67,7 @@ CAPTIONS = {
         ),
     ),
     "concept": (
-        (
-            "{word}",
-            "{numeral}",
-            "the digit {word}",
-            "the digit {numeral}",
-            "the number {word}",
-            "this is the number {numeral}",
-        ),
+        _PLAIN,
         ("this is the digit {word}", "the number {numeral}", "this is {a_numeral}"),
     ),
     "moving concept": (
