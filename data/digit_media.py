@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from omniform.data.handwritten_digits import altered, png_bytes, rows_by_digit
-from omniform.data.moving_digits import FPS, Clip, draw_clip, pairs_of, plan_clips
+from omniform.data.moving_digits import FPS, Clip, draw_clip, following, pairs_of, plan_clips
 from omniform.data.schema import RawSample, RawSpan
 from omniform.data.spoken_digits import PHRASE_RATE, PITCHES, RATES, VOICES, Utterance, render_speech, wav_bytes
 from omniform.data.templates import CAPTIONS, MOTIONS, SPOKEN, TEST_DOCUMENTS, TRAIN_DOCUMENTS, WORDS, render
@@ -31,6 +31,7 @@ class Counts:
         clips: of each digit and motion.
         concepts: of each digit.
         moving_concepts: of each digit and motion.
+        continued: of each digit and motion, two clips of which one goes on where the other ends.
         stories: of each kind and first digit.
     """
 
@@ -38,6 +39,7 @@ class Counts:
     clips: int
     concepts: int
     moving_concepts: int
+    continued: int
     stories: int
 
     def at_most(self, limit: int | None) -> "Counts":
@@ -46,9 +48,9 @@ class Counts:
 
 
 COUNTS = {
-    "train": Counts(takes=9, clips=100, concepts=80, moving_concepts=16, stories=12),
-    "validation": Counts(takes=3, clips=6, concepts=10, moving_concepts=2, stories=3),
-    "test": Counts(takes=3, clips=11, concepts=25, moving_concepts=4, stories=5),
+    "train": Counts(takes=9, clips=200, concepts=80, moving_concepts=32, continued=40, stories=12),
+    "validation": Counts(takes=3, clips=6, concepts=10, moving_concepts=2, continued=3, stories=3),
+    "test": Counts(takes=3, clips=11, concepts=25, moving_concepts=4, continued=4, stories=5),
 }
 
 
@@ -136,6 +138,14 @@ class SplitMedia:
             clip = clips[int(chosen[3] % len(clips))]
             key = f"{phrase.digit}-{phrase.motion}-{number:03d}"
             yield self._concept(key, "moving concept", phrase, clip, chosen)
+
+    def continued_samples(self) -> Iterator[RawSample]:
+        """Yield two clips, of which the second begins with the last frame of the first and goes on as it did."""
+        counts, copies = self.counts, self.copies
+        clips = plan_clips(self.rows, self.split, self.seed, copies, counts.continued, in_a_row=2)
+        for number, clip in enumerate(clips):
+            spans = (_moving(self._file(clip)), _moving(self._file(following(clip))))
+            yield RawSample(f"{clip.digit}-{clip.motion}-{number:04d}", spans, clip.metadata())
 
     def story_samples(self) -> Iterator[RawSample]:
         """Yield documents in which texts take turns with drawings, words and clips, that count up or name a digit."""

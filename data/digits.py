@@ -28,7 +28,7 @@ from omniform.data.templates import TEST_DOCUMENTS, TEST_TEMPLATES, TRAIN_DOCUME
 from omniform.data.verify import MANIFEST, verify, write_manifest
 from omniform.kernels.keyed_noise import keyed_bits, keyed_permutation, stream
 
-VERSION = 3
+VERSION = 4
 IMAGE_SOURCE = {
     "name": "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, test part)",
     "licence": "CC BY 4.0",
@@ -56,6 +56,7 @@ def build_digits(out: Path, seed: int = 0, copies: int = 16, *, media: bool = Tr
         SPLIT-video             text, video: a caption that says digit and motion, and a clip
         SPLIT-concepts          text, image, speech, video of one digit, and none says how the clip moves
         SPLIT-moving-concepts   text, image, speech, video of one digit and motion, which text and speech say
+        SPLIT-continued         video, video: a clip, and the one that goes on from its last frame
         SPLIT-stories           like documents, of drawings, sounds and clips
 
     A training image appears `copies` times: once as it is, the others turned, scaled and moved a little, and each with
@@ -131,6 +132,7 @@ def _folders(
             yield f"{split}-video", made.video_samples()
             yield f"{split}-concepts", made.concept_samples()
             yield f"{split}-moving-concepts", made.moving_concept_samples()
+            yield f"{split}-continued", made.continued_samples()
             yield f"{split}-stories", made.story_samples()
         yield split, _image_samples(images, labels, split, seed, copies)
         yield f"{split}-documents", _document_samples(images, labels, split, seed, copies)
