@@ -1,8 +1,9 @@
 """Pictures of which a part is drawn anew: which tokens that takes, and how the result becomes one picture again."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +120,54 @@ class Edit:
         patch = drawn.convert(self.picture.mode).resize((width, height), Image.Resampling.BICUBIC, box)
         result.paste(patch, (x, y))
         return result if self.mask is None else Image.composite(result, self.picture, Image.fromarray(self.mask))
+
+
+def parse_edits(
+    image: Any,
+    mask: Any,
+    strength: Any,
+    *,
+    names: tuple[str, ...] | None,
+    seeds: Sequence[tuple[int, int]],
+    tokenizer: Modality[Any] | None,
+) -> Sequence[Edit | None]:
+    """Turn what a user gives as `image`, `mask` and `strength` into the edit of each prompt, None where all is new.
+
+    Args:
+        image, mask: one for all, or a list of one per prompt.
+        names: modalities of the reply.
+        seeds: (seed, sample) of each prompt.
+        tokenizer: of images, if the model has it.
+
+    Raises:
+        OmniformError: a mask or strength without a picture, both, another reply than one picture, or what `Edit`
+            refuses.
+    """
+    if image is None:
+        if mask is not None or strength is not None:
+            raise OmniformError("mask and strength say what of a picture to draw anew: give the picture as image")
+        return [None] * len(seeds)
+    if names != ("image",) or tokenizer is None:
+        raise OmniformError(f'an image to edit was given, and to is {names}: expected to="image"')
+    if mask is not None and strength is not None:
+        raise OmniformError("both mask and strength were given: a mask says already what is drawn anew")
+    images, masks = _one_per_prompt("image", image, len(seeds)), _one_per_prompt("mask", mask, len(seeds))
+    if strength is None:
+        single = not isinstance(image, list | tuple) and not isinstance(mask, list | tuple)
+        pairs = list(zip(images, masks, strict=True))[: 1 if single else None]
+        edits = [Edit.masked(own, cover, tokenizer) for own, cover in pairs]
+        return edits * len(seeds) if single else edits
+    return [Edit.varied(own, strength, *seed, tokenizer=tokenizer) for own, seed in zip(images, seeds, strict=True)]
+
+
+def _one_per_prompt(name: str, given: Any, n_prompts: int) -> Sequence[Any]:
+    found = given if isinstance(given, list | tuple) else [given] * n_prompts
+    if len(found) != n_prompts:
+        raise OmniformError(f"{len(found)} values of {name} for {n_prompts} prompts, expected one, or one per prompt")
+    for entry in found:
+        if not (isinstance(entry, Image.Image) or (name == "mask" and entry is None)):
+            raise OmniformError(f"{name} is a {type(entry).__name__}, expected a PIL image")
+    return found
 
 
 def outpaint(

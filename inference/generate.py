@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 
 from omniform.errors import OmniformError
-from omniform.inference.editing import Edit
+from omniform.inference.editing import parse_edits
 from omniform.inference.engine import Engine, SpanStep
+from omniform.inference.part_items import item_of, part_of
 from omniform.inference.protocol import (
     ANY,
     ContentPart,
-    DataPart,
     Done,
     Event,
     ImagePart,
@@ -234,12 +233,12 @@ class Model:
         tokens = [sessions[step.session].generated[step.span.number] for step in finished]
         with torch.inference_mode():
             items = [tokenizer.decode(one) for one in tokens]
-        if modality == "text":
-            ended = [bool((step.span.state.token_ids == self.network.vocabulary.end).any()) for step in finished]
-            return [TextPart(item, "end" if end else "length") for item, end in zip(items, ended, strict=True)]
-        if hasattr(tokenizer, "to_pil"):
-            return [ImagePart(tokenizer.to_pil(item)) for item in items]
-        return [DataPart(modality, item) for item in items]
+        parts = [part_of(item, modality, tokenizer) for item in items]
+        ended = [bool((step.span.state.token_ids == self.network.vocabulary.end).any()) for step in finished]
+        return [
+            replace(part, finish_reason="end" if end else "length") if isinstance(part, TextPart) else part
+            for part, end in zip(parts, ended, strict=True)
+        ]
 
     def _requests(
         self,
@@ -252,7 +251,8 @@ class Model:
         negative = given.pop("negative_prompt", None)
         targets = self._targets(to, max_parts=given.pop("max_parts", None))
         seeds = parse_seeds(seed, len(prompts), fresh=secrets.randbits(63))
-        edits = self._edits(targets, seeds, *(given.pop(name, None) for name in ("image", "mask", "strength")))
+        wanted = [given.pop(name, None) for name in ("image", "mask", "strength")]
+        edits = parse_edits(*wanted, names=targets.names, seeds=seeds, tokenizer=self.tokenizers.get("image"))
         modalities = targets.names or self.modalities
         self._check_keywords(given, modalities)
         settings = {
@@ -286,27 +286,6 @@ class Model:
                 "the parts in order, such as to=['text', 'image']"
             )
         return targets
-
-    def _edits(
-        self, targets: Targets, seeds: Sequence[tuple[int, int]], image: Any, mask: Any, strength: Any
-    ) -> Sequence[Edit | None]:
-        """Return the edit of each prompt; None where a new item is asked for."""
-        if image is None:
-            if mask is not None or strength is not None:
-                raise OmniformError("mask and strength say what of a picture to draw anew: give the picture as image")
-            return [None] * len(seeds)
-        if targets.names != ("image",):
-            raise OmniformError(f'an image to edit was given, and to is {targets.names}: expected to="image"')
-        if mask is not None and strength is not None:
-            raise OmniformError("both mask and strength were given: a mask says already what is drawn anew")
-        images, masks = _one_per_prompt("image", image, len(seeds)), _one_per_prompt("mask", mask, len(seeds))
-        tokenizer = self.tokenizers["image"]
-        if strength is None:
-            single = not isinstance(image, list | tuple) and not isinstance(mask, list | tuple)
-            pairs = list(zip(images, masks, strict=True))[: 1 if single else None]
-            edits = [Edit.masked(own, cover, tokenizer) for own, cover in pairs]
-            return edits * len(seeds) if single else edits
-        return [Edit.varied(own, strength, *seed, tokenizer=tokenizer) for own, seed in zip(images, seeds, strict=True)]
 
     def _check_keywords(self, given: Mapping[str, Any], modalities: Sequence[str]) -> None:
         objectives, names = self.network.config.objectives, ", ".join(modalities)
@@ -373,18 +352,5 @@ class Model:
 
     def _encode(self, part: ContentPart) -> Part:
         tokenizer = self.tokenizers[part.modality]
-        item = part.data
-        if isinstance(item, Image.Image) and hasattr(tokenizer, "from_pil"):
-            item = tokenizer.from_pil(item)
         with torch.inference_mode():
-            return Part(part.modality, tokenizer.encode(item), Role.CONTEXT)
-
-
-def _one_per_prompt(name: str, given: Any, n_prompts: int) -> Sequence[Any]:
-    found = given if isinstance(given, list | tuple) else [given] * n_prompts
-    if len(found) != n_prompts:
-        raise OmniformError(f"{len(found)} values of {name} for {n_prompts} prompts, expected one, or one per prompt")
-    for entry in found:
-        if not (isinstance(entry, Image.Image) or (name == "mask" and entry is None)):
-            raise OmniformError(f"{name} is a {type(entry).__name__}, expected a PIL image")
-    return found
+            return Part(part.modality, tokenizer.encode(item_of(part, tokenizer)), Role.CONTEXT)

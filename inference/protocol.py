@@ -9,10 +9,13 @@ from PIL import Image
 from omniform.errors import OmniformError
 from omniform.inference.editing import Edit
 from omniform.modeling.generation_config import SamplingSettings
+from omniform.tokenizers.audio_files import Audio
+from omniform.tokenizers.video_files import Video
 
 ANY = "any"
 FinishReason = Literal["end", "length"]
 _ROLES = ("system", "user", "assistant")
+_TYPES = ("text", "image", "speech", "video")
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,40 @@ class ImagePart:
 
 
 @dataclass(frozen=True)
+class SpeechPart:
+    """Speech; of a reply, at the tokenizer's rate, and without a sample where the model ended it at once."""
+
+    audio: Audio
+    modality: ClassVar[str] = "speech"
+
+    @property
+    def data(self) -> Audio:
+        """The sound: what every part calls its contents."""
+        return self.audio
+
+
+@dataclass(frozen=True)
+class VideoPart:
+    """Moving pictures."""
+
+    video: Video
+    modality: ClassVar[str] = "video"
+
+    @property
+    def data(self) -> Video:
+        """The video: what every part calls its contents."""
+        return self.video
+
+
+@dataclass(frozen=True)
 class DataPart:
-    """Data of any other modality, in the raw form of its tokenizer."""
+    """Data of any other modality, or an item of one of these, in the raw form of its tokenizer."""
 
     modality: str
     data: Any
 
 
-ContentPart = TextPart | ImagePart | DataPart
+ContentPart = TextPart | ImagePart | SpeechPart | VideoPart | DataPart
 
 
 @dataclass(frozen=True)
@@ -81,6 +110,16 @@ class Reply:
     def images(self) -> list[Image.Image]:
         """All pictures, in order."""
         return [part.image for part in self.parts if isinstance(part, ImagePart)]
+
+    @property
+    def speech(self) -> list[Audio]:
+        """All sounds of speech, in order."""
+        return [part.audio for part in self.parts if isinstance(part, SpeechPart)]
+
+    @property
+    def videos(self) -> list[Video]:
+        """All videos, in order."""
+        return [part.video for part in self.parts if isinstance(part, VideoPart)]
 
 
 @dataclass(frozen=True)
@@ -168,11 +207,12 @@ def parse_prompt(prompt: object) -> tuple[ContentPart, ...]:
     """Turn what a user gives as one prompt into its parts.
 
     Args:
-        prompt: a string, a PIL image, a part, a list of these (empty for none), or a chat: a list of
+        prompt: a string, a PIL image, an `Audio`, a `Video`, a part, a mapping such as {"type": "speech", "speech":
+            audio} (so for text, image and video), a list of these (empty for none), or a chat: a list of
             {"role": "system" | "user" | "assistant", "content": any of the former}, whose contents are joined in order.
 
     Raises:
-        OmniformError: anything else, an unknown role, or text without a character.
+        OmniformError: anything else, an unknown role, text without a character, or a type that is not that of the data.
     """
     if isinstance(prompt, list | tuple):
         messages = [isinstance(item, Mapping) and "role" in item for item in prompt]
@@ -193,7 +233,7 @@ def _parse_message(message: Mapping[str, Any]) -> tuple[ContentPart, ...]:
 
 
 def _parse_item(item: object) -> ContentPart:
-    if isinstance(item, TextPart | ImagePart | DataPart):
+    if isinstance(item, ContentPart):
         return item
     if isinstance(item, str):
         if not item:
@@ -201,11 +241,18 @@ def _parse_item(item: object) -> ContentPart:
         return TextPart(item)
     if isinstance(item, Image.Image):
         return ImagePart(item)
-    if isinstance(item, Mapping) and item.get("type") in ("text", "image") and set(item) == {"type", item["type"]}:
-        return _parse_item(item[item["type"]])
+    if isinstance(item, Audio):
+        return SpeechPart(item)
+    if isinstance(item, Video):
+        return VideoPart(item)
+    if isinstance(item, Mapping) and item.get("type") in _TYPES and set(item) == {"type", item["type"]}:
+        part = _parse_item(item[item["type"]])
+        if part.modality != item["type"]:
+            raise OmniformError(f"a prompt holds {part.modality} as {item['type']!r}, expected the type of what it is")
+        return part
     raise OmniformError(
-        f"a prompt holds a {type(item).__name__}, expected a string, a PIL image, a part, a list of these, "
-        'or a chat as a list of {"role", "content"}'
+        f"a prompt holds a {type(item).__name__}, expected a string, a PIL image, omniform.Audio, omniform.Video, a "
+        'part, a list of these, or a chat as a list of {"role", "content"}'
     )
 
 

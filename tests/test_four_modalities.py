@@ -86,9 +86,11 @@ def test_every_pair_of_modalities_trains_and_every_modality_is_generated(tmp_pat
     model = omniform.load(fit(task, settings, tmp_path / "run"))
     for seed in range(4):
         reply = model.generate("one", to=["speech", "video", "image", "text"], seed=seed, max_new_tokens=7)
-        speech, video = reply.parts[0].data, reply.parts[1].data
-        assert len(speech) <= 3 * 1280
-        assert len(speech) % 1280 == 0
-        assert video.shape == (1, 9, 32, 32)
-        assert all(item.isfinite().all() and item.abs().max() <= 1 for item in (speech, video))
+        [speech], [video] = reply.speech, reply.videos
+        assert speech.rate == 16000
+        assert len(speech.samples) <= 3 * 1280
+        assert len(speech.samples) % 1280 == 0
+        assert speech.samples.isfinite().all()
+        assert speech.samples.abs().max() <= 1
+        assert (video.frames.shape, video.fps) == ((9, 32, 32, 1), 8.0)
         assert len(reply.images) == 1

@@ -1,19 +1,35 @@
 """Omniform: one decoder transformer for every modality.
 
-The public API is `load`, the `Model` that it returns, the typed parts of a reply, and `outpaint`, which prepares a
-picture to be continued beyond its edges. Everything else may change.
+The public API is `load`, the `Model` that it returns, the typed parts of prompts and replies with the sounds (`Audio`)
+and moving pictures (`Video`) that they hold, and `outpaint`, which prepares a picture to be continued beyond its edges.
+Everything else may change.
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["ImagePart", "Model", "OmniformError", "Reply", "TextPart", "load", "outpaint"]
+__all__ = [
+    "Audio",
+    "DataPart",
+    "ImagePart",
+    "Model",
+    "OmniformError",
+    "Reply",
+    "SpeechPart",
+    "TextPart",
+    "Video",
+    "VideoPart",
+    "load",
+    "outpaint",
+]
 
 if TYPE_CHECKING:
     from omniform.errors import OmniformError
     from omniform.inference.editing import outpaint
     from omniform.inference.generate import Model, load
-    from omniform.inference.protocol import ImagePart, Reply, TextPart
+    from omniform.inference.protocol import DataPart, ImagePart, Reply, SpeechPart, TextPart, VideoPart
+    from omniform.tokenizers.audio_files import Audio
+    from omniform.tokenizers.video_files import Video
 
 _HOMES = {
     "load": "omniform.inference.generate",
@@ -22,6 +38,11 @@ _HOMES = {
     "Reply": "omniform.inference.protocol",
     "TextPart": "omniform.inference.protocol",
     "ImagePart": "omniform.inference.protocol",
+    "SpeechPart": "omniform.inference.protocol",
+    "VideoPart": "omniform.inference.protocol",
+    "DataPart": "omniform.inference.protocol",
+    "Audio": "omniform.tokenizers.audio_files",
+    "Video": "omniform.tokenizers.video_files",
     "OmniformError": "omniform.errors",
 }
 

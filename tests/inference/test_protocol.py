@@ -1,6 +1,8 @@
 """Prompts, targets and seeds: every form that is promised is read, everything else is refused with what to do."""
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from omniform.errors import OmniformError
@@ -8,14 +10,20 @@ from omniform.inference.protocol import (
     DataPart,
     ImagePart,
     Reply,
+    SpeechPart,
     Targets,
     TextPart,
+    VideoPart,
     parse_prompt,
     parse_seeds,
     parse_targets,
 )
+from omniform.tokenizers.audio_files import Audio
+from omniform.tokenizers.video_files import Video
 
 PICTURE = Image.new("L", (4, 4), 128)
+SOUND = Audio(torch.linspace(-1, 1, 50), 8000)
+FILM = Video(np.zeros((3, 4, 4, 1), np.uint8), 8.0)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +43,12 @@ PICTURE = Image.new("L", (4, 4), 128)
             ],
             (TextPart("draw"), ImagePart(PICTURE), TextPart("this"), ImagePart(PICTURE)),
         ),
+        ([SOUND, FILM], (SpeechPart(SOUND), VideoPart(FILM))),
+        (
+            [{"type": "speech", "speech": SOUND}, {"type": "video", "video": FILM}, {"type": "text", "text": "a"}],
+            (SpeechPart(SOUND), VideoPart(FILM), TextPart("a")),
+        ),
+        ({"type": "speech", "speech": DataPart("speech", 3)}, (DataPart("speech", 3),)),
     ],
 )
 def test_prompt_forms(prompt: object, parts: tuple[object, ...]) -> None:
@@ -42,10 +56,11 @@ def test_prompt_forms(prompt: object, parts: tuple[object, ...]) -> None:
 
 
 def test_a_reply_is_a_prompt() -> None:
-    reply = Reply((TextPart("seven"), ImagePart(PICTURE), TextPart("!", "length")), seed=4)
+    parts = (TextPart("seven"), ImagePart(PICTURE), SpeechPart(SOUND), TextPart("!", "length"), VideoPart(FILM))
+    reply = Reply(parts, seed=4)
     assert parse_prompt(reply.parts) == reply.parts
     assert reply.text == "seven\n!"
-    assert reply.images == [PICTURE]
+    assert (reply.images, reply.speech, reply.videos) == ([PICTURE], [SOUND], [FILM])
 
 
 @pytest.mark.parametrize(
@@ -57,6 +72,9 @@ def test_a_reply_is_a_prompt() -> None:
         (None, "holds a NoneType"),
         (["a", ["nested"]], "holds a list"),
         ([{"type": "audio", "audio": b""}], "holds a dict"),
+        ([{"type": "speech", "speech": "seven"}], "holds text as 'speech', expected the type of what it is"),
+        ([{"type": "image", "image": FILM}], "holds video as 'image'"),
+        (SOUND.samples, "holds a Tensor, expected a string, a PIL image, omniform.Audio"),
         ([{"role": "robot", "content": "a"}], "role 'robot', expected one of system, user, assistant"),
         ([{"role": "user", "content": "a", "name": "b"}], r"keys \['content', 'name', 'role'\]"),
         ([{"role": "user"}], r"keys \['role'\], expected content and role"),

@@ -1,0 +1,35 @@
+"""Parts of prompts and replies, as people hold them <-> items, as tokenizers take them."""
+
+from typing import Any
+
+from PIL import Image
+
+from omniform.inference.protocol import ContentPart, DataPart, ImagePart, SpeechPart, TextPart, VideoPart
+from omniform.tokenizers.audio_files import Audio
+from omniform.tokenizers.base import Modality
+from omniform.tokenizers.video_files import Video
+
+_FROM = {Image.Image: "from_pil", Audio: "from_audio", Video: "from_video"}
+_TO = {"image": ("to_pil", ImagePart), "speech": ("to_audio", SpeechPart), "video": ("to_video", VideoPart)}
+
+
+def item_of(part: ContentPart, tokenizer: Modality[Any]) -> Any:
+    """Return what the tokenizer of the part's modality encodes; data that is an item already stays as it is.
+
+    Raises:
+        TokenizerError: a picture, sound or video that the tokenizer cannot take.
+    """
+    for held, method in _FROM.items():
+        if isinstance(part.data, held) and hasattr(tokenizer, method):
+            return getattr(tokenizer, method)(part.data)
+    return part.data
+
+
+def part_of(item: Any, modality: str, tokenizer: Modality[Any]) -> ContentPart:
+    """Return an item of a modality as the part that people hold: a `DataPart` where there is no such form."""
+    if modality == "text":
+        return TextPart(item)
+    method, part_type = _TO.get(modality, ("", None))
+    if part_type is None or not hasattr(tokenizer, method):
+        return DataPart(modality, item)
+    return part_type(getattr(tokenizer, method)(item))
