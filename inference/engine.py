@@ -118,9 +118,9 @@ class Engine:
             return torch.empty(len(rows), 0, self.model.config.decoder.dim, device=device)
         batch = pack([[] if new is None else [new] for new in rows], max(lengths), self.model.vocabulary)
         new_pattern = batch.pattern.to(device)
-        hidden = self.model.hidden(
-            batch.token_ids.to(device), batch.position_ids.to(device), cache.covering(new_pattern), cache
-        )
+        token_ids, modality_ids = batch.token_ids.to(device), batch.modality_ids.to(device)
+        position_ids = batch.position_ids.to(device)
+        hidden = self.model.hidden(token_ids, modality_ids, position_ids, cache.covering(new_pattern), cache)
         if commit:
             cache.commit(new_pattern)
             for branch, length in zip(branches, lengths, strict=True):

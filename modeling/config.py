@@ -7,7 +7,7 @@ path. `parse_config` serves every configuration of the project, whatever the roo
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError, model_validator
@@ -57,6 +57,8 @@ class DecoderConfig:
         ffn_dim: inner dimension of the gated feed-forward layer.
         rope_theta: base of the rotary frequencies.
         qk_norm: normalise queries and keys per head (arXiv:2405.09818 shows it essential for mixed modalities).
+        experts: "shared": all rows go through the same feed-forward layers; "modality": each modality's rows through
+            their own, in every block, while attention stays shared; see `ModalityExperts`.
     """
 
     dim: int = Field(default=192, ge=2)
@@ -67,6 +69,7 @@ class DecoderConfig:
     ffn_dim: int = Field(default=512, ge=1)
     rope_theta: float = Field(default=10_000.0, gt=1)
     qk_norm: bool = True
+    experts: Literal["shared", "modality"] = "shared"
     norm_eps: float = Field(default=1e-5, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
 

@@ -59,6 +59,7 @@ class CorruptedBatch:
     """
 
     token_ids: Int[Tensor, "B L"]
+    modality_ids: Int[Tensor, "B L"]
     position_ids: Int[Tensor, "B L 3"]
     pattern: AttentionPattern
     predictions: Mapping[str, Predictions]
@@ -72,6 +73,7 @@ class CorruptedBatch:
         """Return the batch on `device`."""
         return CorruptedBatch(
             self.token_ids.to(device),
+            self.modality_ids.to(device),
             self.position_ids.to(device),
             self.pattern.to(device),
             {modality: p.to(device) for modality, p in self.predictions.items()},
@@ -104,7 +106,7 @@ def corrupt(batch: PackedBatch, vocabulary: Vocabulary, objectives: Mapping[str,
     if len(rows):
         labels = following - vocabulary.next_span_range.start
         predictions[NEXT_SPAN] = Predictions(rows, labels, torch.ones(len(rows)), float(len(rows)))
-    return CorruptedBatch(token_ids, batch.position_ids, batch.pattern, predictions)
+    return CorruptedBatch(token_ids, batch.modality_ids, batch.position_ids, batch.pattern, predictions)
 
 
 class UnifiedModel(nn.Module):
@@ -123,7 +125,8 @@ class UnifiedModel(nn.Module):
             )
         self.config, self.vocabulary = config, vocabulary
         self.interface = DiscreteInterface(vocabulary.size, config.decoder.dim)
-        self.decoder = Decoder(config.decoder)
+        n_experts = len(vocabulary.names) if config.decoder.experts == "modality" else None
+        self.decoder = Decoder(config.decoder, n_experts)
         self._initialize()
 
     @property
@@ -136,7 +139,7 @@ class UnifiedModel(nn.Module):
     def forward(self, batch: CorruptedBatch) -> dict[str, Float[Tensor, ""]]:
         """Return the loss SUM of every modality, in the vocabulary's order, then that of `NEXT_SPAN` if it is learnt;
         the counts are `batch.counts`."""
-        hidden = self.hidden(batch.token_ids, batch.position_ids, batch.pattern).flatten(0, 1)
+        hidden = self.hidden(batch.token_ids, batch.modality_ids, batch.position_ids, batch.pattern).flatten(0, 1)
         losses = {}
         for term in self.term_weights:
             asked = batch.predictions[term]
@@ -153,6 +156,7 @@ class UnifiedModel(nn.Module):
     def hidden(
         self,
         token_ids: Int[Tensor, "B N"],
+        modality_ids: Int[Tensor, "B N"],
         position_ids: Int[Tensor, "B N 3"],
         pattern: AttentionPattern,
         cache: KeyValueCache | None = None,
@@ -160,13 +164,14 @@ class UnifiedModel(nn.Module):
         """Return the hidden states of N rows.
 
         Args:
+            modality_ids: place in the vocabulary of each row's modality; that of a masked row no id tells.
             pattern: of the N rows; with a cache, of the cached rows followed by the N rows.
         """
         if cache is None:
             mask = pattern.render(preferred_form(token_ids.device))
         else:
             mask = pattern.render(MaskForm.DENSE, n_queries=token_ids.shape[1])
-        return self.decoder(self.interface.embed(token_ids), position_ids, mask, cache)
+        return self.decoder(self.interface.embed(token_ids), position_ids, mask, cache, modality_ids)
 
     def logits(self, hidden: Float[Tensor, "*M D"], ids: IdRange) -> Float[Tensor, "*M W"]:
         """Return the logits of the ids in the range, for the hidden states given."""
@@ -185,7 +190,7 @@ class UnifiedModel(nn.Module):
         rows = torch.cat([begin, text_ids], dim=1)
         same, no = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
         positions = torch.arange(rows.shape[1], device=rows.device)[None, :, None].expand(rows.shape[0], -1, 3)
-        hidden = self.hidden(rows, positions, AttentionPattern(same, same, no, no))[:, 1:]
+        hidden = self.hidden(rows, same, positions, AttentionPattern(same, same, no, no))[:, 1:]
         return self.logits(hidden, IdRange(0, self.vocabulary.text_size))
 
     def _initialize(self) -> None:
@@ -197,5 +202,5 @@ class UnifiedModel(nn.Module):
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
         for name, parameter in self.named_parameters():
-            if name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+            if name.endswith(("attention.out.weight", "down.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.decoder.n_layers))

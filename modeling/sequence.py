@@ -107,12 +107,14 @@ class MultimodalSequence:
     """One sample as rows, with its spans in order.
 
     Attributes:
+        modality_ids: place in the vocabulary of the modality of each row's span, its begin marker included.
         next_spans: (row, id) pairs: the row ends a span, and the id is what follows it: the begin marker of the next
             span, or the vocabulary's `end` after the last. Empty unless the order of spans is learnt.
         noise_key: 64 bits that identify this sample's visit; keys its corruption.
     """
 
     token_ids: npt.NDArray[np.int64]
+    modality_ids: npt.NDArray[np.int64]
     position_ids: npt.NDArray[np.int64]
     block_ids: npt.NDArray[np.int64]
     bidirectional: npt.NDArray[np.bool_]
@@ -148,14 +150,14 @@ class MultimodalSequence:
             raise SequenceError("a sequence needs at least one part")
         ids: list[npt.NDArray[np.int64]] = []
         positions: list[npt.NDArray[np.int64]] = []
-        blocks: list[tuple[int, bool, bool]] = []  # (rows, bidirectional, private)
+        blocks: list[tuple[int, int, bool, bool]] = []  # (rows, modality, bidirectional, private)
         spans: list[Span] = []
         next_spans: list[tuple[int, int]] = []
         row, position = 0, 0
         for place, part in enumerate(parts):
             if part.modality not in objectives:
                 raise SequenceError(f"no objective for modality {part.modality!r}; there is one for {[*objectives]}")
-            objective = objectives[part.modality]
+            objective, modality_id = objectives[part.modality], vocabulary.place_of(part.modality)
             contents = vocabulary.to_ids(part.modality, part.tokens.codes).numpy()
             grid = part.tokens.grid
             end_id = vocabulary.end_of(part.modality)
@@ -165,7 +167,7 @@ class MultimodalSequence:
             length = len(contents)
             ids.append(np.array([vocabulary.begin(part.modality)]))
             positions.append(np.full((1, 3), position))
-            blocks.append((1, False, False))
+            blocks.append((1, modality_id, False, False))
             row, position = row + 1, position + 1
             content_positions = grid_positions(grid, length, position)
             read_later = learn_order or place < len(parts) - 1
@@ -173,7 +175,7 @@ class MultimodalSequence:
             for is_noised_copy in (True, False) if noised else (False,):
                 ids.append(contents)
                 positions.append(content_positions)
-                blocks.append((length, objective.bidirectional, is_noised_copy))
+                blocks.append((length, modality_id, objective.bidirectional, is_noised_copy))
                 role = Role.CONTEXT if noised and not is_noised_copy else part.role
                 spans.append(Span(part.modality, row, length, grid, role, is_noised_copy))
                 row += length
@@ -181,13 +183,15 @@ class MultimodalSequence:
             if learn_order:
                 last = place == len(parts) - 1
                 next_spans.append((row - 1, vocabulary.end if last else vocabulary.begin(parts[place + 1].modality)))
-        rows_per_block = [rows for rows, _, _ in blocks]
+        rows_per_block, *of_blocks = zip(*blocks, strict=True)
+        modality_ids, bidirectional, private = (np.repeat(values, rows_per_block) for values in of_blocks)
         return cls(
             np.concatenate(ids),
+            modality_ids,
             np.concatenate(positions),
             np.repeat(np.arange(len(blocks)), rows_per_block),
-            np.repeat([bidirectional for _, bidirectional, _ in blocks], rows_per_block),
-            np.repeat([private for _, _, private in blocks], rows_per_block),
+            bidirectional,
+            private,
             tuple(spans),
             tuple(next_spans),
             noise_key,
@@ -199,11 +203,13 @@ class PackedBatch:
     """Many sequences in (B, L) rows.
 
     Attributes:
+        modality_ids: place in the vocabulary of each row's modality; that of text where a row is padding.
         targets: the target spans of each modality that has any.
         next_spans: flat rows that end a span whose successor is learnt, and the ids that follow; (2, S).
     """
 
     token_ids: Int[Tensor, "B L"]
+    modality_ids: Int[Tensor, "B L"]
     position_ids: Int[Tensor, "B L 3"]
     pattern: AttentionPattern
     targets: Mapping[str, TargetSpans]
@@ -221,6 +227,7 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
     """
     shape = (len(rows), row_length)
     token_ids = np.full(shape, vocabulary.pad)
+    modality_ids = np.full(shape, vocabulary.place_of("text"))
     position_ids = np.zeros((*shape, 3), dtype=np.int64)
     document_ids = np.full(shape, PADDING)
     block_ids = np.zeros(shape, dtype=np.int64)
@@ -237,7 +244,8 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
                     "raise data.row_length or split the document"
                 )
             here = (index, slice(start, stop))
-            token_ids[here], position_ids[here] = sequence.token_ids, sequence.position_ids
+            token_ids[here], modality_ids[here] = sequence.token_ids, sequence.modality_ids
+            position_ids[here] = sequence.position_ids
             document_ids[here], block_ids[here] = document, sequence.block_ids
             bidirectional[here], private[here] = sequence.bidirectional, sequence.private
             for number, span in enumerate(sequence.spans):
@@ -248,6 +256,7 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
     arrays = (document_ids, block_ids, bidirectional, private)
     return PackedBatch(
         torch.from_numpy(token_ids),
+        torch.from_numpy(modality_ids),
         torch.from_numpy(position_ids),
         AttentionPattern(*map(torch.from_numpy, arrays)),
         {modality: _collect(spans) for modality, spans in found.items()},

@@ -85,6 +85,11 @@ class Vocabulary:
         """All modalities, text first, in the order of their ids."""
         return tuple(self._codes)
 
+    def place_of(self, modality: str) -> int:
+        """Place of `modality` among `names`, by which rows say whose they are; adding a modality moves none."""
+        self._require(modality)
+        return self.names.index(modality)
+
     @property
     def end(self) -> int:
         """Id that ends a text, and stands for the end of a document where the next span is predicted."""

@@ -61,10 +61,12 @@ def vocabulary() -> Vocabulary:
     return four_modalities()
 
 
-@pytest.fixture
-def model_config(model_config: ModelConfig) -> ModelConfig:
+@pytest.fixture(params=["shared", "modality"])
+def model_config(model_config: ModelConfig, request: pytest.FixtureRequest) -> ModelConfig:
     return replace(
-        model_config, objectives={**model_config.objectives, "speech": NextToken(), "video": Masked(steps=2)}
+        model_config,
+        decoder=replace(model_config.decoder, experts=request.param),
+        objectives={**model_config.objectives, "speech": NextToken(), "video": Masked(steps=2)},
     )
 
 
@@ -77,7 +79,8 @@ def reference_logits(model: UnifiedModel, parts: Sequence[Part], target: Part, i
     token_ids[span.start : span.start + len(ids)] = ids.numpy()
     stop = span.start + len(ids)
     batch = pack([[sequence]], len(sequence), vocabulary)
-    hidden = model.hidden(torch.from_numpy(token_ids)[None], batch.position_ids, batch.pattern)[0]
+    given = (torch.from_numpy(token_ids)[None], batch.modality_ids, batch.position_ids)
+    hidden = model.hidden(*given, batch.pattern)[0]
     rows = hidden[stop - 1 : stop] if objective.commits else hidden[span.start : stop]
     return model.logits(rows, vocabulary.target_range(target.modality))
 
@@ -162,16 +165,14 @@ def test_incremental_forward_equals_the_full_one(model: UnifiedModel, parts: lis
     cuts = [row + 1 for row in range(len(sequence) - 1) if not inside[row]]
     chosen = data.draw(st.sets(st.sampled_from(cuts))) if cuts else set()
     with torch.no_grad():
-        full = model.hidden(batch.token_ids, batch.position_ids, batch.pattern)
+        full = model.hidden(batch.token_ids, batch.modality_ids, batch.position_ids, batch.pattern)
         for stop in sorted({*chosen, len(sequence)}):
             rows = slice(row, stop)
             new = AttentionPattern(*(getattr(batch.pattern, n)[:, rows] for n in batch.pattern.__dataclass_fields__))
             noise = torch.randint(0, TEXT_SIZE, (1, stop - row))
-            model.hidden(
-                noise, batch.position_ids[:, rows], cache.covering(new), cache
-            )  # leaves no trace: not committed
-            token_ids, position_ids = batch.token_ids[:, rows], batch.position_ids[:, rows]
-            found.append(model.hidden(token_ids, position_ids, cache.covering(new), cache))
+            places = (batch.modality_ids[:, rows], batch.position_ids[:, rows])
+            model.hidden(noise, *places, cache.covering(new), cache)  # leaves no trace: not committed
+            found.append(model.hidden(batch.token_ids[:, rows], *places, cache.covering(new), cache))
             cache.commit(new)
             row = stop
     torch.testing.assert_close(torch.cat(found, dim=1), full, atol=1e-5, rtol=1e-5)
