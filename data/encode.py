@@ -30,17 +30,20 @@ def encode_shard(shard: ShardIndex, tokenizers: Mapping[str, Modality[Any]], pro
     modalities = tuple(sorted(tokenizers))
     encoders = {name: _SpanEncoder(tokenizers[name]) for name in modalities}
     failures: list[Failure] = []
+    metadata: list[Mapping[str, Any]] = []
     left_out: collections.Counter[str] = collections.Counter()
     if progress and not sys.stderr.isatty():
         print(f"encoding {shard.shard} ({len(shard.samples)} samples)", file=sys.stderr, flush=True)
     bar = tqdm(shard.samples, desc=f"encoding {shard.shard.name}", unit="sample", disable=None) if progress else None
     for number, record in enumerate(shard.samples if bar is None else bar):
         try:
-            spans = read_sample(shard, record).spans
+            sample = read_sample(shard, record)
         except SampleError as error:
             failures.append(Failure(number, None, error.reason, f"{shard.shard.name}: {error}"))
+            metadata.append({})
             continue
-        for place, span in enumerate(spans):
+        metadata.append(sample.metadata)
+        for place, span in enumerate(sample.spans):
             if span.modality in encoders:
                 encoders[span.modality].add(number, place, span)
             else:
@@ -62,7 +65,8 @@ def encode_shard(shard: ShardIndex, tokenizers: Mapping[str, Modality[Any]], pro
     }
     keys = tuple(record.key for record in shard.samples)
     content = {name: encoder.content() for name, encoder in encoders.items()}
-    return TokenShard(keys, modalities, spans_of, content, dict(sorted(left_out.items())), tuple(failures))
+    counted = dict(sorted(left_out.items()))
+    return TokenShard(keys, tuple(metadata), modalities, spans_of, content, counted, tuple(failures))
 
 
 class _SpanEncoder:

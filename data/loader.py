@@ -11,6 +11,7 @@ until the next epoch.
 
 import bisect
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -21,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from omniform.data.mixture import INTERLEAVED, WINDOW, DataConfig, DataStage, Draws, Mixture, arrange
+from omniform.data.joined_source import open_source
+from omniform.data.mixture import INTERLEAVED, WINDOW, DataConfig, DataStage, Draws, Mixture, arrange, modalities_of
 from omniform.data.packing import first_fit
 from omniform.data.schema import DataError
-from omniform.data.token_source import TokenSource
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.sequence import MultimodalSequence, Part, Role, document_length
 from omniform.tokenizers.base import Modality
@@ -104,7 +105,7 @@ class TrainingData:
             for source in stage.config.sources:
                 for task in source.tasks:
                     _check_modalities(source.path, task, tokenizers)
-        self.sources = [TokenSource(s.path, tokenizers, cache_dir, s.index_dir) for s in config.sources]
+        self.sources = [open_source(source, tokenizers, cache_dir) for source in config.sources]
         self._table = lru_cache(maxsize=None)(self._document_lengths)
         self._lengths = [
             [self._table(place, tuple(source.tasks)) for place, source in enumerate(stage.config.sources)]
@@ -247,7 +248,7 @@ class TrainingData:
 
 
 def _check_modalities(path: Path, task: str, tokenizers: Mapping[str, Modality]) -> None:
-    for modality in [] if task == INTERLEAVED else task.split("->"):
+    for modality in itertools.chain(*modalities_of(task)):
         if modality not in tokenizers:
             raise DataError(
                 f"{path}: task {task} needs a tokenizer for {modality!r}; there is one for "
@@ -261,4 +262,8 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     for source in settings["sources"]:
         # The data may move and be called something else; its digest says what it is.
         del source["path"], source["index_dir"], source["name"]
+        if not source["join"]:
+            del source["join"]  # runs that were begun before sources could be joined go on
+        for partner in source.get("join", ()):
+            del partner["path"], partner["index_dir"]
     return settings

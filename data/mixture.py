@@ -25,6 +25,21 @@ INTERLEAVED = "interleaved"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class JoinConfig:
+    """A folder that completes the samples of another: see `JoinedSource`.
+
+    Attributes:
+        by: keys of the samples' metadata whose values have to be equal.
+        modalities: the spans of these alone join.
+    """
+
+    path: Path
+    index_dir: Path | None = None
+    by: tuple[str, ...] = Field(min_length=1)
+    modalities: tuple[str, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SourceConfig:
     """A folder of indexed shards and what to learn from it.
 
@@ -32,15 +47,18 @@ class SourceConfig:
         index_dir: where its indexes are, if not beside the shards.
         name: what the stages of a run call it; the name of its folder unless given.
         weight: share of all draws, relative to the other sources; at 0 it waits for a stage that raises it.
+        join: folders whose samples complete those of `path`: each is given one of theirs with equal labels.
         tasks: relative weight by task. "X->Y" gives the spans of modality X and learns those of Y, each in the sample's
-            order; "X->X" gives the first and learns the last. "interleaved" gives nothing and learns every span in the
-            sample's order, from all that stands before it, and what follows each.
+            order; "X->X" gives the first and learns the last; "W+X->Y+Z" gives and learns several, in the order named.
+            "interleaved" gives nothing and learns every span in the sample's order, from all that stands before it,
+            and what follows each.
     """
 
     path: Path
     index_dir: Path | None = None
     name: str | None = None
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    join: tuple[JoinConfig, ...] = ()
     tasks: dict[str, float] = Field(min_length=1)
 
     @property
@@ -76,9 +94,17 @@ def _check_tasks(tasks: Mapping[str, float]) -> None:
     for task, weight in tasks.items():
         if not 0 < weight < float("inf"):
             raise ValueError(f"tasks.{task} has the weight {weight}, expected more than 0: leave out what is unused")
-        given, separator, learnt = task.partition("->")
-        if task != INTERLEAVED and not (given.isidentifier() and separator and learnt.isidentifier()):
-            raise ValueError(f"task {task!r}, expected two modalities such as text->image, or {INTERLEAVED}")
+        if task == INTERLEAVED:
+            continue
+        given, learnt = modalities_of(task)
+        if not given or not learnt or not all(name.isidentifier() for name in (*given, *learnt)):
+            raise ValueError(
+                f"task {task!r}, expected modalities such as text->image or text+image->speech, or {INTERLEAVED}"
+            )
+        if len(set(given)) < len(given) or len(set(learnt)) < len(learnt):
+            raise ValueError(f"task {task!r} names a modality twice on one side")
+        if set(given) & set(learnt) and (given != learnt or len(given) > 1):
+            raise ValueError(f"task {task!r} both gives and learns a modality, which X->X alone can do")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -131,17 +157,24 @@ class DataStage:
     config: DataConfig
 
 
+def modalities_of(task: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what a task gives and what it learns, in order; nothing for one that is about every span."""
+    given, separator, learnt = task.partition("->")
+    return (tuple(given.split("+")), tuple(learnt.split("+"))) if separator else ((), ())
+
+
 def arrange(task: str, modalities: Sequence[str]) -> list[tuple[int, Role]]:
     """Return which of a sample's spans, by place, a task uses and how; none if the sample does not serve it."""
     if task == INTERLEAVED:
         return [(place, Role.TARGET) for place in range(len(modalities))] if len(modalities) > 1 else []
-    given, _, learnt = task.partition("->")
+    given, learnt = modalities_of(task)
     if given == learnt:
-        places = [place for place, modality in enumerate(modalities) if modality == given]
+        places = [place for place, modality in enumerate(modalities) if modality == given[0]]
         return [(places[0], Role.CONTEXT), (places[-1], Role.TARGET)] if len(places) > 1 else []
-    context = [(place, Role.CONTEXT) for place, modality in enumerate(modalities) if modality == given]
-    target = [(place, Role.TARGET) for place, modality in enumerate(modalities) if modality == learnt]
-    return context + target if context and target else []
+    if not set(given) | set(learnt) <= set(modalities):
+        return []
+    sides = ((given, Role.CONTEXT), (learnt, Role.TARGET))
+    return [(p, role) for names, role in sides for name in names for p, m in enumerate(modalities) if m == name]
 
 
 @plain_dataclass(frozen=True)

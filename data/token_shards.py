@@ -22,7 +22,7 @@ from omniform.data.schema import DataError
 from omniform.data.sealed import write_atomically
 from omniform.tokenizers.base import Modality, folder_digest
 
-TOKEN_SHARD_VERSION = 4
+TOKEN_SHARD_VERSION = 5
 _SPAN_ARRAYS = ("sample", "modality", "length", "grid")
 Array = npt.NDArray[Any]
 
@@ -52,6 +52,7 @@ class TokenShard:
 
     Attributes:
         keys: of the samples.
+        metadata: of the samples; nothing of one that cannot be read.
         modalities: those that have a tokenizer, in name order.
         spans: (S,) int32 arrays `sample` (within the shard), `modality` (its place in `modalities`) and `length`
             (tokens), and `grid` (S, 3), zero beyond a span's axes.
@@ -62,6 +63,7 @@ class TokenShard:
     """
 
     keys: tuple[str, ...]
+    metadata: tuple[Mapping[str, Any], ...]
     modalities: tuple[str, ...]
     spans: Mapping[str, Array]
     content: Mapping[str, Array]
@@ -88,6 +90,7 @@ def write_token_shard(path: Path, tokens: TokenShard, identity: Mapping[str, Any
     record = {
         **identity,
         "keys": tokens.keys,
+        "metadata": tokens.metadata,
         "left_out": tokens.left_out,
         "failures": [[why.sample, why.modality, why.reason, why.message] for why in tokens.failures],
         "arrays_sha256": _arrays_digest(arrays),
@@ -125,6 +128,7 @@ def read_token_shard(path: Path, identity: Mapping[str, Any], remedy: str) -> To
         intact = record["arrays_sha256"] == _arrays_digest(arrays)
         found = TokenShard(
             keys=tuple(record["keys"]),
+            metadata=tuple(record["metadata"]),
             modalities=tuple(record["tokenizers"]),
             spans={name: arrays[f"span.{name}"] for name in _SPAN_ARRAYS},
             content={name: arrays[f"content.{name}"] for name in record["tokenizers"]},

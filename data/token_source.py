@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class TokenSource:
         tokenizers: by modality; spans of other modalities are left out.
         cache_dir: created if need be; token shards need none.
         index_dir: where the indexes of shards are, if not beside them; token shards have none.
+        labels: keys of the samples' metadata to keep for `labels_by`.
 
     Attributes:
         failures: by number, the samples that cannot be read, or of which a span of these modalities cannot be decoded.
@@ -54,7 +55,13 @@ class TokenSource:
     """
 
     def __init__(
-        self, folder: Path, tokenizers: Mapping[str, Modality[Any]], cache_dir: Path, index_dir: Path | None = None
+        self,
+        folder: Path,
+        tokenizers: Mapping[str, Modality[Any]],
+        cache_dir: Path,
+        index_dir: Path | None = None,
+        *,
+        labels: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         digests = {name: tokenizer_digest(tokenizers[name]) for name in sorted(tokenizers)}
@@ -68,6 +75,7 @@ class TokenSource:
         self.digest = hashlib.sha256(json.dumps([content_digest, digests]).encode()).hexdigest()
         self._modalities = tuple(digests)
         self._names = [(file, key) for file, shard in zip(files, shards, strict=True) for key in shard.keys]
+        self._metadata = [{key: m[key] for key in labels if key in m} for shard in shards for m in shard.metadata]
         firsts = np.cumsum([0, *(len(shard.keys) for shard in shards)])
         self.failures: dict[int, Failure] = {}
         for first, shard in zip(firsts, shards, strict=False):
@@ -98,6 +106,11 @@ class TokenSource:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def labels_by(self, keys: Sequence[str]) -> list[str | None]:
+        """Return of each sample the values of `keys`, all of them kept, as JSON; None where one is missing."""
+        found = self._metadata
+        return [json.dumps([m[key] for key in keys]) if all(key in m for key in keys) else None for m in found]
 
     def describe(self, sample: int) -> str:
         """Return the file and key of a sample, for messages."""

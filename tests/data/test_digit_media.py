@@ -12,7 +12,7 @@ from scipy.io import wavfile
 from omniform.data.digit_media import COUNTS, MEDIA
 from omniform.data.digits import build_digits
 from omniform.data.handwritten_digits import SPLIT_ROWS, altered, load_digit_images
-from omniform.data.moving_digits import FPS, N_FRAMES, Clip, draw_clip, pairs_of
+from omniform.data.moving_digits import FPS, N_FRAMES, Clip, draw_clip, following, pairs_of
 from omniform.data.schema import DataError, RawSample
 from omniform.data.shards import ShardReader
 from omniform.data.spoken_digits import SAMPLE_RATE, VOICES
@@ -79,6 +79,23 @@ def test_clips_show_drawings_of_their_split_as_their_metadata_say(world: Path, s
         assert (len(found.frames), found.fps) == (N_FRAMES, FPS)
         expected = draw_clip(altered(images, clip.row, clip.copy, SEED)[0], clip)
         np.testing.assert_array_equal(found.frames, expected)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_continued_clips_go_on_from_the_frame_where_the_first_ends(world: Path, split: str) -> None:
+    images, labels = load_digit_images()
+    samples = list(ShardReader(world / f"{split}-continued"))
+    assert Counter((s.metadata["digit"], s.metadata["motion"]) for s in samples) == dict.fromkeys(
+        pairs_of(split), LIMIT
+    )
+    for sample in samples:
+        clip = Clip(**{**sample.metadata, "start": tuple(sample.metadata["start"])})
+        assert clip.row in SPLIT_ROWS[split]
+        assert labels[clip.row] == clip.digit
+        first, second = (read_video(s.payload or b"", fps=None, max_frames=100, mode="L").frames for s in sample.spans)
+        drawing = altered(images, clip.row, clip.copy, SEED)[0]
+        np.testing.assert_array_equal(first, draw_clip(drawing, clip))
+        np.testing.assert_array_equal(second, draw_clip(drawing, following(clip)))
 
 
 @pytest.mark.parametrize("split", SPLITS)

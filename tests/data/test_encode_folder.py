@@ -48,7 +48,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 RawSpan("speech", payload=b"junk" if "speech" in junk else sound, extension="wav"),
                 RawSpan("image", payload=b"junk" if "image" in junk else pictures[1], extension="png"),
             )
-            writer.write(RawSample(f"{n:03d}", spans))
+            writer.write(RawSample(f"{n:03d}", spans, {"place": n}))
     shard = folder / "000001.tar"
     content = bytearray(shard.read_bytes())
     content[ShardReader(folder).shards[1].samples[1].offset + 700] ^= 1
@@ -71,8 +71,10 @@ def test_a_run_has_the_same_holes_and_tokens_from_shards_and_from_tokens_of_more
     used: tuple[str, ...], shards: Path, encoded: Path, tokenizer_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     tokenizers = {name: load_modality(tokenizer_folders[name]) for name in used}
-    raw, tokens = TokenSource(shards, tokenizers, tmp_path), TokenSource(encoded, tokenizers, tmp_path)
+    raw, tokens = (TokenSource(folder, tokenizers, tmp_path, labels=["place"]) for folder in (shards, encoded))
     assert raw.digest == tokens.digest
+    assert raw.labels_by(["place"]) == tokens.labels_by(["place"])
+    assert raw.labels_by(["place"]) == [None if n == 4 else f"[{n}]" for n in range(7)]
     assert raw.failures == tokens.failures
     assert set(raw.failures) == {4} | {n for n, junk in JUNK.items() if set(junk) & set(used)}
     for number in range(7):

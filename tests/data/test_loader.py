@@ -395,7 +395,7 @@ def test_the_configuration_round_trips_and_refuses_nonsense() -> None:
         ("row_length=1", "row_length"),
         ("sources=[]", "sources"),
         ("sources=[{path: x, tasks: {}}]", "tasks"),
-        ("sources=[{path: x, tasks: {text: 1}}]", "two modalities"),
+        ("sources=[{path: x, tasks: {text: 1}}]", "expected modalities such as"),
         ("sources=[{path: x, tasks: {text->image: 0}}]", "expected more than 0"),
         ("sources=[{path: x, weight: -1, tasks: {text->image: 1}}]", "weight"),
         ("rowlength=3", "row_length"),

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omniform.data.moving_digits import FIELD_SIZE, HELD_OUT_PAIRS, N_FRAMES, SPEEDS, draw_clip, pairs_of, plan_clips
+from omniform.data.moving_digits import (
+    FIELD_SIZE,
+    HELD_OUT_PAIRS,
+    N_FRAMES,
+    SPEEDS,
+    START_STEP,
+    draw_clip,
+    following,
+    pairs_of,
+    plan_clips,
+)
 from omniform.data.templates import MOTIONS
 
 ROWS = [[3 * digit, 3 * digit + 1, 3 * digit + 2] for digit in range(10)]
@@ -42,7 +52,19 @@ def test_starts_and_speeds_differ_and_are_a_function_of_the_seed() -> None:
         moved = [clip for clip in clips if clip.motion == motion]
         assert {clip.speed for clip in moved} == ({0} if motion == "still" else set(SPEEDS))
         assert {clip.copy for clip in moved} == set(range(4))
-        assert len({clip.start for clip in moved}) > len(moved) / 3
+        # Three places across, and one to three along the way.
+        assert len({clip.start for clip in moved}) == (9 if motion == "still" else 6)
+        assert not any(place % START_STEP for clip in moved for place in clip.start)
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_a_following_clip_begins_with_the_last_frame_and_stays_on_the_field(seed: int) -> None:
+    drawing = np.random.default_rng(seed).integers(1, 256, (16, 16)).astype(np.uint8)
+    for clip in plan_clips(ROWS, "train", seed, 2, 1, in_a_row=2):
+        first, second = draw_clip(drawing, clip), draw_clip(drawing, following(clip))
+        np.testing.assert_array_equal(second[0], first[-1])
+        assert (second.sum((1, 2, 3)) == drawing.sum(dtype=np.int64)).all()
+        assert following(clip).speed == clip.speed == (clip.motion != "still")
 
 
 def test_pairs_that_are_held_out_are_seen_by_their_split_alone() -> None:

@@ -1,0 +1,165 @@
+"""A source whose samples are completed from other folders, by labels that are equal.
+
+What each folder holds is paired no further than by its labels: any drawing of a seven with any sound of the word. This
+makes as many pairs as there are combinations out of data that was never recorded together, as MNIST and SVHN are paired
+for multimodal models (arXiv:1911.03393, section 4.1: there each digit with 20 of the other set, here each sample with
+one of each folder).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from omniform.data.mixture import SourceConfig
+from omniform.data.schema import DataError
+from omniform.data.token_shards import Failure
+from omniform.data.token_source import TokenSource
+from omniform.kernels.keyed_noise import keyed_bits, stream
+from omniform.tokenizers.base import Latents, Modality, Tokens
+
+
+class Source(Protocol):
+    """Samples as spans of tokens."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the samples lie, or those that others complete."""
+        ...
+
+    @property
+    def failures(self) -> Mapping[int, Failure]:
+        """By number, the samples that cannot be used."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of everything that the tokens depend on."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def describe(self, sample: int) -> str:
+        """Return the file and key of a sample, for messages."""
+        ...
+
+    def spans(self, sample: int) -> list[tuple[str, int]]:
+        """Return (modality, number of tokens) of a sample's spans; none if it cannot be used."""
+        ...
+
+    def tokens(self, sample: int, place: int) -> Tokens:
+        """Return the codes of a sample's span at `place`, which is of a discrete modality."""
+        ...
+
+    def latents(self, sample: int, place: int) -> Latents:
+        """Return the values of a sample's span at `place`, which is of a continuous modality."""
+        ...
+
+
+@dataclass(frozen=True)
+class Partner:
+    """A folder to complete samples from.
+
+    Attributes:
+        ours, theirs: labels of the samples to complete, and of its own; None where a sample has none.
+        modalities: of the spans that join.
+    """
+
+    source: TokenSource
+    ours: Sequence[str | None]
+    theirs: Sequence[str | None]
+    modalities: Sequence[str]
+
+
+class JoinedSource:
+    """Samples of one folder, each with the spans of one sample of every partner that has the same labels.
+
+    Which one is drawn once for all, by keyed numbers: samples stay as many, and are the same in every epoch and run.
+
+    Attributes:
+        failures: those of the folder, and samples without a counterpart.
+
+    Raises:
+        DataError: no sample at all has a counterpart in a partner.
+    """
+
+    def __init__(self, base: TokenSource, partners: Sequence[Partner]) -> None:
+        self.base, self.folder = base, base.folder
+        self.failures = dict(base.failures)
+        self._joined: list[list[tuple[TokenSource, int, int]]] = [[] for _ in range(len(base))]
+        for number, partner in enumerate(partners):
+            self._join(number, partner)
+        described = [[partner.source.digest, *partner.modalities] for partner in partners]
+        self.digest = hashlib.sha256(json.dumps([base.digest, described]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def describe(self, sample: int) -> str:
+        """Return the file and key of a sample, for messages."""
+        return self.base.describe(sample)
+
+    def spans(self, sample: int) -> list[tuple[str, int]]:
+        """Return (modality, number of tokens) of a sample's spans, its own first; none if it cannot be used."""
+        if sample in self.failures:
+            return []
+        return self.base.spans(sample) + [other.spans(its)[place] for other, its, place in self._joined[sample]]
+
+    def tokens(self, sample: int, place: int) -> Tokens:
+        """Return the codes of a sample's span at `place`, which is of a discrete modality."""
+        source, its_sample, its_place = self._find(sample, place)
+        return source.tokens(its_sample, its_place)
+
+    def latents(self, sample: int, place: int) -> Latents:
+        """Return the values of a sample's span at `place`, which is of a continuous modality."""
+        source, its_sample, its_place = self._find(sample, place)
+        return source.latents(its_sample, its_place)
+
+    def _find(self, sample: int, place: int) -> tuple[TokenSource, int, int]:
+        n_own = len(self.base.spans(sample))
+        return (self.base, sample, place) if place < n_own else self._joined[sample][place - n_own]
+
+    def _join(self, number: int, partner: Partner) -> None:
+        source, alike = partner.source, dict[str, list[tuple[int, list[int]]]]()
+        for sample, label in enumerate(partner.theirs):
+            modalities = [modality for modality, _ in source.spans(sample)]
+            places = [place for place, modality in enumerate(modalities) if modality in partner.modalities]
+            if label is not None and places:
+                alike.setdefault(label, []).append((sample, places))
+        chosen = keyed_bits(stream("data/join"), number, np.arange(len(self.base)))
+        matched = 0
+        for sample, label in enumerate(partner.ours):
+            candidates = [] if label is None else alike.get(label, [])
+            if candidates:
+                its_sample, places = candidates[int(chosen[sample] % len(candidates))]
+                self._joined[sample] += [(source, its_sample, place) for place in places]
+                matched += 1
+            else:
+                message = f"{self.describe(sample)}: {source.folder} has nothing with the labels {label}"
+                self.failures.setdefault(sample, Failure(sample, None, "unpaired", message))
+        if not matched:
+            raise DataError(
+                f"no sample of {self.folder} has a counterpart with {' or '.join(partner.modalities)} in "
+                f"{source.folder}: look at `by`, whose keys both have to say with equal values"
+            )
+
+
+def open_source(config: SourceConfig, tokenizers: Mapping[str, Modality[Any]], cache_dir: Path) -> Source:
+    """Open what a `SourceConfig` describes; see `TokenSource`.
+
+    Raises:
+        DataError: see `TokenSource` and `JoinedSource`.
+    """
+    if not config.join:
+        return TokenSource(config.path, tokenizers, cache_dir, config.index_dir)
+    keys = sorted({key for other in config.join for key in other.by})
+    base = TokenSource(config.path, tokenizers, cache_dir, config.index_dir, labels=keys)
+    partners = []
+    for other in config.join:
+        source = TokenSource(other.path, tokenizers, cache_dir, other.index_dir, labels=other.by)
+        partners.append(Partner(source, base.labels_by(other.by), source.labels_by(other.by), other.modalities))
+    return JoinedSource(base, partners)

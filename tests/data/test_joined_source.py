@@ -1,0 +1,131 @@
+"""Samples of two folders come together by equal labels, and reach the model like those of one folder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from omniform.data.joined_source import JoinedSource, Partner, open_source
+from omniform.data.loader import TrainingData
+from omniform.data.mixture import DataConfig, JoinConfig, SourceConfig, arrange
+from omniform.data.schema import DataError, RawSample, RawSpan
+from omniform.data.shards import ShardWriter
+from omniform.data.token_source import TokenSource
+from omniform.modeling.config import ConfigError, parse_config
+from omniform.modeling.sequence import Role
+from omniform.tokenizers.base import Modality
+from omniform.tokenizers.vocabulary import Vocabulary
+
+N_TEXTS, N_IMAGES = 60, 23
+
+
+def write(folder: Path, samples: list[RawSample], per_shard: int = 7) -> Path:
+    with ShardWriter(folder, samples_per_shard=per_shard) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Texts with the labels 0 to 9 and one without any; pictures with the labels 0 to 8, whose payload says it."""
+    texts = [
+        RawSample(f"t{n:03d}", (RawSpan("text", text=f"text {n % 10}"),), {"digit": n % 10, "other": [n]})
+        for n in range(N_TEXTS)
+    ]
+    texts.append(RawSample("nameless", (RawSpan("text", text="none"),), {}))
+    images = [
+        RawSample(
+            f"i{n:03d}",
+            (
+                RawSpan("text", text="not to join"),
+                RawSpan("image", payload=bytes([n % 9, n]) if n != 4 else b"damaged", extension="png"),
+            ),
+            {"digit": n % 9},
+        )
+        for n in range(N_IMAGES)
+    ]
+    return write(tmp_path / "texts", texts), write(tmp_path / "images", images)
+
+
+def config(texts: Path, images: Path, **changes: Any) -> SourceConfig:
+    join = JoinConfig(path=images, by=("digit",), modalities=("image",))
+    return SourceConfig(**{"path": texts, "join": (join,), "tasks": {"text->image": 1.0}, **changes})
+
+
+def test_every_sample_is_given_a_counterpart_with_its_label_or_is_a_hole(
+    folders: tuple[Path, Path], tokenizers: dict[str, Modality], tmp_path: Path
+) -> None:
+    source = open_source(config(*folders), tokenizers, tmp_path / "cache")
+    assert len(source) == N_TEXTS + 1
+    used = set()
+    for sample in range(len(source)):
+        if sample in source.failures:
+            assert source.spans(sample) == []
+            assert source.failures[sample].reason == "unpaired"
+            continue
+        assert [modality for modality, _ in source.spans(sample)] == ["text", "image"]
+        label = tokenizers["text"].decode(source.tokens(sample, 0)).removeprefix("text ")
+        payload = tokenizers["image"].decode(source.tokens(sample, 1))
+        assert payload >> 8 == int(label)
+        used.add(payload & 255)
+    # Label 9 and the text without one have no counterpart, and the damaged picture is nobody's.
+    assert len(source.failures) == N_TEXTS // 10 + 1
+    assert 4 not in used
+    assert len(used) > N_IMAGES // 2
+    again = open_source(config(*folders), tokenizers, tmp_path / "cache")
+    assert again.digest == source.digest
+    for sample in set(range(len(source))) - set(source.failures):
+        assert torch.equal(again.tokens(sample, 1).codes, source.tokens(sample, 1).codes)
+
+
+def test_a_joined_source_trains_like_any_other(
+    folders: tuple[Path, Path],
+    tokenizers: dict[str, Modality],
+    byte_vocabulary: Vocabulary,
+    objectives: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    def build(**changes: Any) -> TrainingData:
+        data = DataConfig(sources=(config(*folders, **changes),), row_length=48, condition_dropout=0.0)
+        return TrainingData(
+            data, tokenizers, byte_vocabulary, objectives, seed=0, cache_dir=tmp_path / "cache", rows_per_step=4
+        )
+
+    data = build()
+    assert sum(data.holes.values()) == N_TEXTS // 10 + 1
+    for sequence in (sequence for step in range(5) for row in data.rows(step) for sequence in row):
+        assert [(span.modality, span.role) for span in sequence.spans] == [
+            ("text", Role.CONTEXT),
+            ("image", Role.TARGET),
+        ]
+    assert build(tasks={"image->text": 1.0}).digest != data.digest
+
+
+def test_what_cannot_be_joined_is_refused(
+    folders: tuple[Path, Path], tokenizers: dict[str, Modality], tmp_path: Path
+) -> None:
+    bases = [TokenSource(folder, tokenizers, tmp_path / "cache", labels=["digit"]) for folder in folders]
+    nothing = Partner(bases[1], [None] * len(bases[0]), bases[1].labels_by(["digit"]), ("image",))
+    with pytest.raises(DataError, match="has a counterpart with image"):
+        JoinedSource(bases[0], [nothing])
+    for override, message in (
+        ("join=[{path: x, by: [], modalities: [image]}]", "join.0.by"),
+        ("join=[{path: x, by: [digit], modalities: []}]", "join.0.modalities"),
+        ("tasks={text+image->image: 1}", "both gives and learns"),
+        ("tasks={text+text->image: 1}", "names a modality twice"),
+        ("tasks={text+->image: 1}", "expected modalities"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config(SourceConfig, "path: x\ntasks: {text->image: 1}", [override])
+
+
+def test_several_modalities_are_given_and_learnt_in_the_order_named() -> None:
+    modalities = ["text", "image", "speech", "video", "text"]
+    context, target = Role.CONTEXT, Role.TARGET
+    assert arrange("speech+image->video", modalities) == [(2, context), (1, context), (3, target)]
+    assert arrange("image->speech+text", modalities) == [(1, context), (2, target), (0, target), (4, target)]
+    assert arrange("text->text", modalities) == [(0, context), (4, target)]
+    assert arrange("image+speech->sound", modalities) == []
+    assert arrange("image->image", modalities) == []
