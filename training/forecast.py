@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from omniform.errors import OmniformError
+from omniform.modeling.layers import ModalityExperts
 from omniform.modeling.model import UnifiedModel
 from omniform.training.config import TrainConfig
 from omniform.training.engine import resolve_precision
@@ -23,6 +24,7 @@ class Forecast:
 
     Attributes:
         parameters: number by part of the model.
+        active_parameters: how many of them a row goes through; all but the experts of other modalities.
         tokens_per_step: room in the rows of a step; packing fills most of it.
         flops_per_step: of all processes.
         matmul_flops: per second, of one process, measured on this machine.
@@ -30,6 +32,7 @@ class Forecast:
     """
 
     parameters: dict[str, int]
+    active_parameters: int
     precision: str
     zero_stage: int
     world_size: int
@@ -53,10 +56,11 @@ class Forecast:
     def text(self, n_samples: int) -> str:
         """Return the forecast as lines for people."""
         parts = ", ".join(f"{name} {number:,}" for name, number in self.parameters.items())
-        memory = self.state_bytes + self.activation_bytes
+        memory, total = self.state_bytes + self.activation_bytes, sum(self.parameters.values())
+        active = "" if self.active_parameters == total else f", {self.active_parameters:,} of them active in a row"
         return "\n".join(
             [
-                f"parameters  {sum(self.parameters.values()):,} ({parts})",
+                f"parameters  {total:,} ({parts}){active}",
                 f"data        {n_samples:,} samples, {self.tokens_per_step:,} tokens per step, {self.steps:,} steps",
                 *(f"stage       {line}" for line in self.stages),
                 f"engine      ZeRO-{self.zero_stage}, {self.precision}, {self.world_size} process(es)",
@@ -74,11 +78,11 @@ class Forecast:
 def forecast(model: UnifiedModel, config: TrainConfig, world_size: int, *, free_disk: int) -> Forecast:
     """Return the figures of a run, in well under ten seconds and without its weights.
 
-    FLOPs of a step: 6 per parameter and token, embedding tables apart, and 12 * layers * row_length * heads * head_dim
-    per token for attention (PaLM, arXiv:2204.02311, appendix B), as if every token attended to its whole row and had
-    its logits over the whole vocabulary. Memory of the state follows ZeRO (arXiv:1910.02054, section 5); that of
-    activations is 34 bytes per token, dimension and layer (arXiv:2205.05198, equation 2, without its
-    attention scores), twice that in fp32.
+    FLOPs of a step: 6 per active parameter and token, embedding tables apart, and 12 * layers * row_length * heads *
+    head_dim per token for attention (PaLM, arXiv:2204.02311, appendix B), as if every token attended to its whole row
+    and had its logits over the whole vocabulary. Memory of the state follows ZeRO (arXiv:1910.02054, section 5); that
+    of activations is 34 bytes per token, dimension and layer (arXiv:2205.05198, equation 2, without its attention
+    scores), twice that in fp32.
 
     Args:
         model: may be on the meta device.
@@ -90,11 +94,13 @@ def forecast(model: UnifiedModel, config: TrainConfig, world_size: int, *, free_
     decoder = config.model.decoder
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     n = sum(parameters.values())
+    experts = [m.experts for m in model.modules() if isinstance(m, ModalityExperts)]
+    active = n - sum(p.numel() for layer in experts for p in layer[1:].parameters())  # all of one size
     precision, stage = resolve_precision(config), config.engine.zero_stage
     tokens_per_step = config.rows_per_step * config.data.row_length
     attention_width = decoder.n_heads * decoder.dim_per_head
     looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-    flops_per_token = 6 * (n - looked_up) + 12 * decoder.n_layers * attention_width * config.data.row_length
+    flops_per_token = 6 * (active - looked_up) + 12 * decoder.n_layers * attention_width * config.data.row_length
     micro_tokens = config.engine.micro_batch_rows * config.data.row_length
     n_averages = 1 if config.optim.ema_decay is not None else 0
     checkpoint_bytes = 4 * n * (3 + n_averages)
@@ -105,6 +111,7 @@ def forecast(model: UnifiedModel, config: TrainConfig, world_size: int, *, free_
         )
     return Forecast(
         parameters=parameters,
+        active_parameters=active,
         precision=precision,
         zero_stage=stage,
         world_size=world_size,

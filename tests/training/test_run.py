@@ -217,6 +217,27 @@ def test_forecast_flops_are_those_that_torch_counts(config_file: Path, trained: 
     assert per_row - unused == pytest.approx(counted, rel=0.05)
 
 
+def test_forecast_holds_the_experts_of_every_modality_and_runs_one_per_row(
+    config_file: Path, trained: tuple[Path, list]
+) -> None:
+    vocabulary, figures = omniform.load(trained[0] / "model").network.vocabulary, []
+    for kind in ("shared", "modality"):
+        config = parse_config(TrainConfig, config_file.read_text(), [f"model.decoder.experts={kind}"])
+        with torch.device("meta"):
+            model = UnifiedModel(config.model, vocabulary)
+        figures.append(forecast(model, config, 1, free_disk=10**12))
+    shared, experts = figures
+    decoder = config.model.decoder
+    feed_forward = 3 * decoder.dim * decoder.ffn_dim * decoder.n_layers
+    n_shared = sum(shared.parameters.values())
+    assert sum(experts.parameters.values()) == n_shared + (len(vocabulary.names) - 1) * feed_forward
+    assert experts.active_parameters == shared.active_parameters == n_shared
+    assert experts.flops_per_step == shared.flops_per_step
+    assert experts.checkpoint_bytes > shared.checkpoint_bytes
+    assert f"{n_shared:,} of them active in a row" in experts.text(1)
+    assert "active" not in shared.text(1)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
