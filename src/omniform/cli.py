@@ -133,11 +133,18 @@ def generate(
     to: Annotated[
         list[str] | None,
         typer.Option(
-            help="Modality to generate: text, image. Repeat it for several; any: the model chooses. (default: text, or "
-            "image with --image)"
+            help="Modality to generate, such as text, image, speech or video. Repeat it for several; any: the model "
+            "chooses. (default: text, or image with --image)"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the result; several get numbers.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the result, or a folder, or a name without suffix; several get numbers. Formats: png jpg "
+            "webp bmp tiff, wav flac mp3 ogg, mp4 webm gif, txt, json. (default: omniform-SEED.png, .wav, .mp4; text "
+            "is printed)"
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same result. (default: a new one each time)")] = None,
     n: Annotated[int, typer.Option(help="Number of samples.")] = 1,
     temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token.")] = None,
@@ -145,8 +152,8 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample among the most likely tokens of this total.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="How strongly the prompt counts; 1 is plain.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Refinement steps of a picture.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest text, in tokens.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Refinement steps of a picture or video.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest text or speech, in tokens.")] = None,
     max_parts: Annotated[int | None, typer.Option(help="Most parts of a reply to --to any. (default: 8)")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to draw anew in part.")] = None,
     mask: Annotated[
@@ -162,11 +169,15 @@ def generate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Generate text or pictures from text, pictures, or both; or draw a part of a picture anew.
+    """Generate text, pictures, speech or video from any of them; or draw a part of a picture anew.
 
     omniform generate runs/demo/model "a handwritten seven" --to image --out seven.png
 
     omniform generate runs/demo/model @seven.png --to text
+
+    omniform generate runs/demo/model @seven.wav --to video --out seven.mp4
+
+    omniform generate runs/demo/model "a seven" --to speech --to image --out seven
 
     omniform generate runs/demo/model "a one" --image seven.png --mask left-half.png --out one.png
     """
@@ -190,9 +201,49 @@ def generate(
     )
     if as_json:
         print_json([vars(output) for output in outputs])
-        return
-    for output in outputs:
-        print(harmless(output.text or "") if output.path is None else f"{output.path} (seed {output.seed})")
+    else:
+        for output in outputs:
+            if output.path is not None:
+                print(f"{output.path} (seed {output.seed})")
+            elif output.text is not None:
+                print(harmless(output.text))
+    if empty := sum(output.path is None and output.text is None for output in outputs):
+        raise OmniformError(
+            f"{empty} of {len(outputs)} parts are speech without a sample, for which no file was written (seed "
+            f"{outputs[0].seed}): the model ended them at once; give another --seed"
+        )
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="Model folder, e.g. runs/demo/model.", show_default=False)
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="Modalities to answer with, in order, such as text,image; or any. (default: text)"),
+    ] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option(help="Folder for the files of replies. (default: chat-DATE-TIME, once it is needed)")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of every reply. (default: a new one each time)")
+    ] = None,
+    history: Annotated[
+        Path | None, typer.Option(help="File that keeps what you type from chat to chat. (default: none does)")
+    ] = None,
+) -> None:
+    """Talk with a model: type text and @files, see its texts and pictures, find its sounds and videos in files.
+
+    omniform chat runs/demo/model --to image
+
+    printf 'a seven\\n/quit\\n' | omniform chat runs/demo/model --to image
+    """
+    if model is None:
+        raise OmniformError("chat needs a model folder: omniform chat MODEL; `omniform demo` makes runs/demo/model")
+    from omniform.inference.chat import run_chat
+
+    raise typer.Exit(run_chat(model, to, out_dir, seed, history))
 
 
 @app.command("eval")
