@@ -1,7 +1,6 @@
 """What `omniform generate` does: prompt parts from the command line in, text and files out."""
 
-import mimetypes
-import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 from PIL import Image
 
 from omniform.errors import OmniformError
+from omniform.inference.destination import Destination
 from omniform.inference.editing import outpaint
 from omniform.inference.generate import Model, load
-from omniform.inference.protocol import ANY, ContentPart, DataPart, ImagePart, TextPart, parse_prompt
+from omniform.inference.part_files import has_files, read_part, write_part
+from omniform.inference.protocol import ANY, ContentPart, DataPart, TextPart, parse_prompt
 from omniform.tokenizers.image_files import MAX_BYTES, open_picture
-
-_MODALITY_OF_MEDIA = {"text": "text", "image": "image", "audio": "speech", "video": "video"}
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class Output:
     """One generated part, as the command line shows it.
 
     Attributes:
-        text: the text, or None for a part that only a file holds.
-        path: the file that was written, if any.
+        text: the text, or the JSON text of a modality that has no files of its own; None for what only a file holds.
+        path: the file that was written, if any; none of speech without a sample.
         sample: which of the samples that were asked for it belongs to.
         seed: what the run can be repeated with.
         n_near_ties: of the whole sample; see `Reply`.
@@ -51,13 +50,15 @@ def generate_files(
     margins: Sequence[int] | None = None,
     **keywords: Any,
 ) -> list[Output]:
-    """Generate, writing pictures to files, and text too if nothing else was asked for and `out` is given.
+    """Generate, and write pictures, sound and videos to files, and text too if `out` says so.
 
     Args:
         model: a model, or the folder to load it from.
         prompt: parts in order: text, or @file, or @@text for text that starts with an at sign.
-        out: file to write; with several files a number is put before its suffix. Pictures go to omniform-SEED.png in
-            the current folder unless given.
+        out: the file to write, whose suffix names the format; what is of another modality than that goes beside it,
+            with the default suffix of its own, but text is only printed. Or a name without suffix, or a folder that
+            exists, for files named omniform-SEED: these take text too. Names that several parts would have get a number
+            each. Unless given, files are named omniform-SEED in the current folder.
         n: number of samples.
         image: file of a picture to draw anew in part.
         mask: file of the mask; see `Model`.
@@ -68,27 +69,24 @@ def generate_files(
     """
     if n < 1:
         raise OmniformError(f"n is {n}, expected at least 1 sample")
-    if out is not None:
-        _check_destination(out, to)
+    seed = secrets.randbits(63) if seed is None else seed
+    destination = Destination.parse(out, seed)
     if isinstance(model, Path):
         model = load(model)
+    modalities = model.modalities if ANY in to else to
+    destination.check(modalities)
+    for modality in set(modalities) & set(model.modalities):
+        if not has_files(modality, model):
+            raise OmniformError(f"a {modality} part can neither be printed nor written: generate it in Python")
     parts = [read_argument(argument, model) for argument in prompt]
     edit = _read_edit(image, mask, margins)
     replies = model.generate_batch([parts] * n, to, seed=seed, **edit, **keywords)
     found = [(sample, part) for sample, reply in enumerate(replies) for part in reply.parts]
-    to_files = [place for place, (_, part) in enumerate(found) if not isinstance(part, TextPart)]
-    if not to_files and out is not None:
-        to_files = list(range(len(found)))
-    target = out or Path(f"omniform-{replies[0].seed}.png")
     outputs = []
-    for place, (sample, part) in enumerate(found):
-        path = None
-        if place in to_files:
-            number = to_files.index(place)
-            path = target if len(to_files) == 1 else target.with_name(f"{target.stem}-{number}{target.suffix}")
-            _write(part, path)
-        text = part.text if isinstance(part, TextPart) else None
-        outputs.append(Output(part.modality, text, path, sample, replies[sample].seed, replies[sample].n_near_ties))
+    for (sample, part), path in zip(found, destination.paths([part for _, part in found]), strict=True):
+        if path is not None:
+            write_part(part, path)
+        outputs.append(Output(part.modality, _text(part), path, sample, seed, replies[sample].n_near_ties))
     return outputs
 
 
@@ -101,29 +99,23 @@ def read_argument(argument: str, model: Model) -> ContentPart:
     if not argument.startswith("@") or argument.startswith("@@"):
         return parse_prompt(argument.removeprefix("@"))[0]
     path = Path(argument[1:])
-    media = (mimetypes.guess_type(path.name)[0] or "unknown").partition("/")[0]
-    modality = _MODALITY_OF_MEDIA.get(media)
-    if modality not in model.modalities:
-        raise OmniformError(
-            f"{argument}: {path.suffix or 'a name without suffix'} is no kind of file that this model takes: expected "
-            f"one of {', '.join(model.modalities)}; write @@ for text that starts with an at sign"
-        )
     try:
-        payload = _read_file(path)
-    except OSError as error:
-        raise OmniformError(
-            f"{argument}: cannot read the file {path}: {error.strerror}; expected a readable file, or @@ for text that "
-            "starts with an at sign"
-        ) from error
-    try:
-        item = model.tokenizers[modality].read(payload)
-        return parse_prompt(item if modality == "text" else DataPart(modality, item))[0]
+        return read_part(path, model)
     except OmniformError as error:
-        raise OmniformError(f"{argument}: {error}") from error
+        hint = "" if path.is_file() else "; write @@ for text that starts with an at sign"
+        raise OmniformError(f"@{error}{hint}") from error
+
+
+def _text(part: ContentPart) -> str | None:
+    if isinstance(part, TextPart):
+        return part.text
+    return part.json if isinstance(part, DataPart) else None
 
 
 def _read_edit(image: Path | None, mask: Path | None, margins: Sequence[int] | None) -> dict[str, Any]:
     """Return the pictures among the keywords of `generate`."""
+    if mask is not None and image is None:
+        raise OmniformError("--mask says what of a picture to draw anew: give the picture, with --image")
     found = {
         name: _read_picture(f"--{name}", path) for name, path in (("image", image), ("mask", mask)) if path is not None
     }
@@ -152,32 +144,3 @@ def _read_file(path: Path) -> bytes:
     if len(payload) > MAX_BYTES:
         raise OmniformError(f"{path} is too large, expected at most {MAX_BYTES:,} bytes")
     return payload
-
-
-def _check_destination(out: Path, to: Sequence[str]) -> None:
-    if not out.parent.is_dir():
-        raise OmniformError(f"--out {out}: there is no folder {out.parent}; create it first")
-    if out.is_dir():
-        raise OmniformError(f"--out {out} is a folder, expected the name of a file")
-    file_format = Image.registered_extensions().get(out.suffix.lower())
-    if set(to) == {"text"} and file_format is not None:
-        raise OmniformError(f"--out {out}: text was asked for, and {out.suffix} is a picture format; use .txt")
-    if {"image", ANY} & set(to) and file_format not in Image.SAVE:
-        raise OmniformError(f"--out {out}: {out.suffix or 'no suffix'} is no picture format; use .png, .jpg or .webp")
-
-
-def _write(part: ContentPart, path: Path) -> None:
-    """Write beside the destination and rename, so that no half-written file is left behind."""
-    draft = path.with_name(f".{path.name}.draft{path.suffix}")
-    try:
-        if isinstance(part, TextPart):
-            draft.write_text(part.text + "\n", encoding="utf-8")
-        elif isinstance(part, ImagePart):
-            part.image.save(draft)
-        else:
-            raise OmniformError(f"a {part.modality} part cannot be written to a file")
-        os.replace(draft, path)
-    except OSError as error:
-        raise OmniformError(f"cannot write {path}: {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)

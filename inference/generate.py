@@ -57,22 +57,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> "Model":
 class Model:
     """A model with its tokenizers, ready to generate.
 
-    All generating methods take these keywords; what is not given comes from the model's generation_config.json, and a
-    value that is given holds for every generated span that it applies to.
-
-        to: modality to generate, or an ordered list of them; text unless given; "any" lets the model choose what comes
-            next until it ends the document, if it has learnt to.
-        max_parts: most parts of a reply to "any"; 8 unless given.
-        image: a picture to be drawn anew in part, for to="image"; the prompt may be [] then.
-        mask: what of `image` to draw anew: a picture of its size, black where it stays. Every token that touches the
-            rest is new, and pixels under black come back as they were. Unless given, what is transparent.
-        strength: instead of a mask, the fraction of the picture's tokens to draw anew, chosen by the seed.
-        max_new_tokens: most tokens of a text, its end included; unless given also bounded by the room that is left.
-        temperature, top_k, top_p, guidance_scale, steps: see `SamplingSettings`. A default guidance_scale is not
-            applied to an empty prompt, which leaves nothing to guide towards.
-        negative_prompt: what guidance pushes away from, in any form of a prompt; nothing unless given.
-        batch_invariant: run every prompt by itself, so that its reply is the same to the byte in any batch. Else
-            replies in a batch may differ from those alone where two choices are closer than the rounding of logits.
+    `generate`, `generate_batch` and `stream` take the same keywords: `generate` says which.
     """
 
     def __init__(self, loaded: LoadedModel, device: str | torch.device = "cpu") -> None:
@@ -94,9 +79,27 @@ class Model:
         return self.network.vocabulary.names
 
     def generate(self, prompt: object, to: str | Sequence[str] = "text", **keywords: Any) -> Reply:
-        """Answer one prompt: see `parse_prompt` for its forms, the class for the keywords.
+        """Answer one prompt.
+
+        What is not given comes from the model's generation_config.json, and a value that is given holds for every
+        generated span that it applies to.
 
         Args:
+            prompt: text, a PIL image, an `Audio`, a `Video`, a part, a list of these, or a chat; see `parse_prompt`.
+            to: modality to generate, or an ordered list of them; "any" lets the model choose what comes next until it
+                ends the document, if it has learnt to.
+            max_parts: most parts of a reply to "any"; 8 unless given.
+            image: a picture to be drawn anew in part, for to="image"; the prompt may be [] then.
+            mask: what of `image` to draw anew: a picture of its size, black where it stays. Every token that touches
+                the rest is new, and pixels under black come back as they were. Unless given, what is transparent.
+            strength: instead of a mask, the fraction of the picture's tokens to draw anew, chosen by the seed.
+            max_new_tokens: most tokens of a text or of speech, its end included; unless given also bounded by the room
+                that is left.
+            temperature, top_k, top_p, guidance_scale, steps: see `SamplingSettings`. A default guidance_scale is not
+                applied to an empty prompt, which leaves nothing to guide towards.
+            negative_prompt: what guidance pushes away from, in any form of a prompt; nothing unless given.
+            batch_invariant: run every prompt by itself, so that its reply is the same to the byte in any batch. Else
+                replies in a batch may differ from those alone where two choices are closer than the rounding of logits.
             seed: integer in [0, 2**63); drawn anew unless given, and told in the reply.
             callback: called with every `Event` as it happens.
 
@@ -291,8 +294,18 @@ class Model:
         objectives, names = self.network.config.objectives, ", ".join(modalities)
         if "steps" in given and all(objectives[name].commits for name in modalities):
             raise OmniformError(f"steps does not apply to {names}, generated token by token: leave it out")
+        self._check_steps(given.get("steps"), modalities)
         if "max_new_tokens" in given and all(self.engine.fixed_grids[name] for name in modalities):
             raise OmniformError(f"max_new_tokens does not apply to {names}, of fixed size: leave it out")
+
+    def _check_steps(self, steps: Any, modalities: Sequence[str]) -> None:
+        for name in modalities:
+            grid, objective = self.engine.fixed_grids[name], self.network.config.objectives[name]
+            if not isinstance(steps, int) or steps < 1 or grid is None or objective.commits:
+                continue
+            most = objective.begin(math.prod(grid), steps, self.network.vocabulary.mask).n_steps
+            if most < steps:
+                raise OmniformError(f"steps is {steps}, but {name} has {math.prod(grid)} tokens: give at most {most}")
 
     def _parse(self, prompt: object) -> tuple[ContentPart, ...]:
         parts = parse_prompt(prompt)

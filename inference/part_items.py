@@ -31,5 +31,5 @@ def part_of(item: Any, modality: str, tokenizer: Modality[Any]) -> ContentPart:
         return TextPart(item)
     method, part_type = _TO.get(modality, ("", None))
     if part_type is None or not hasattr(tokenizer, method):
-        return DataPart(modality, item)
+        return DataPart(modality, item, tokenizer.to_json(item) if hasattr(tokenizer, "to_json") else None)
     return part_type(getattr(tokenizer, method)(item))

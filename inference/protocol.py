@@ -77,10 +77,15 @@ class VideoPart:
 
 @dataclass(frozen=True)
 class DataPart:
-    """Data of any other modality, or an item of one of these, in the raw form of its tokenizer."""
+    """Data of any other modality, or an item of one of these, in the raw form of its tokenizer.
+
+    Attributes:
+        json: the data as JSON text, of a tokenizer that gives it (by a method `to_json`).
+    """
 
     modality: str
     data: Any
+    json: str | None = None
 
 
 ContentPart = TextPart | ImagePart | SpeechPart | VideoPart | DataPart
@@ -268,6 +273,8 @@ def parse_targets(to: str | Sequence[str], max_parts: int | None = None) -> Targ
     names = (to,) if not isinstance(to, list | tuple) else tuple(to)
     if not names or not all(isinstance(name, str) for name in names):
         raise OmniformError(f"to is {to!r}, expected the name of a modality or an ordered list of names")
+    if ANY in names and len(names) > 1:
+        raise OmniformError(f'to is {list(names)}, but "{ANY}" lets the model choose all parts: give it alone')
     if names == (ANY,):
         if max_parts is not None and (isinstance(max_parts, bool) or not isinstance(max_parts, int) or max_parts < 1):
             raise OmniformError(f"max_parts is {max_parts!r}, expected a number of parts, at least 1")

@@ -9,7 +9,7 @@ from PIL import Image
 from omniform.errors import OmniformError
 from omniform.inference.command import generate_files, read_argument
 from omniform.inference.generate import Model
-from omniform.inference.protocol import DataPart, TextPart
+from omniform.inference.protocol import ImagePart, TextPart
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def test_text_at_signs_and_files(omni: Model, tmp_path: Path, picture: Path) -> 
     assert read_argument("@@home", omni) == TextPart("@home")
     assert read_argument(f"@{tmp_path / 'note.txt'}", omni) == TextPart("a seven")
     part = read_argument(f"@{picture}", omni)
-    assert isinstance(part, DataPart)
-    assert part.modality == "image"
+    assert isinstance(part, ImagePart)
+    assert part.image.tobytes() == Image.open(picture).tobytes()
 
 
 def test_a_file_prompts_as_its_picture_does(omni: Model, picture: Path) -> None:
@@ -66,14 +66,14 @@ def test_without_out_a_picture_goes_to_the_current_folder(
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("@missing.png", r"@missing\.png: cannot read the file .*No such file"),
-        ("@folder.png", "cannot read the file"),
+        ("@missing.png", r"@missing\.png: cannot be read: No such file.*write @@ for text"),
+        ("@folder.png", "cannot be read: Is a directory"),
         ("@broken.png", r"@broken\.png: 3 bytes are not a PNG"),
-        ("@sound.wav", r"\.wav is no kind of file that this model takes: expected one of text, image"),
+        ("@sound.wav", r"\.wav is no kind of file that this model takes, which has text, image"),
         ("@noname", "a name without suffix is no kind of file"),
         ("", "empty text"),
         ("@empty.txt", r"@empty\.txt: .*empty text"),
-        ("@huge.png", r"huge\.png is too large, expected at most"),
+        ("@huge.png", r"@huge\.png: the file is too large, expected at most"),
         ("@", "no kind of file.*write @@ for text"),
     ],
 )
@@ -96,10 +96,14 @@ def test_unusable_files_are_named(
     [
         ({"n": 0}, "n is 0, expected at least 1"),
         ({"to": ["image"], "out": "nowhere/a.png"}, "there is no folder"),
-        ({"to": ["image"], "out": "."}, "is a folder"),
-        ({"to": ["image"], "out": "a.sevn"}, r"\.sevn is no picture format"),
-        ({"to": ["image"], "out": "a.psd"}, r"\.psd is no picture format"),  # Pillow reads it, but cannot write it
-        ({"out": "a.png"}, r"text was asked for, and \.png is a picture format"),
+        ({"to": ["image"], "out": "a.sevn"}, r"\.sevn does not fit the reply, use \.png \.jpg"),
+        ({"to": ["image"], "out": "a.psd"}, r"\.psd does not fit"),  # Pillow reads it, but cannot write it
+        ({"out": "a.png"}, r"\.png does not fit the reply, use \.txt \.md for text"),
+        ({"to": ["image", "text"], "out": "a.wav"}, r"\.wav does not fit the reply, use \.png .* or \.txt"),
+        ({"to": ["any"], "out": "a.wav"}, r"\.wav does not fit the reply, use \.txt"),
+        ({"to": ["any", "text"]}, r"to is \['any', 'text'\], but .any. lets the model choose all parts"),
+        ({"to": ["image"], "steps": 5}, "steps is 5, but image has 4 tokens: give at most 4"),
+        ({"mask": Path("a.png")}, "--mask .* give the picture, with --image"),
         ({"to": ["image"], "temperature": -1}, "temperature is -1"),
     ],
 )
