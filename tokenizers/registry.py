@@ -7,6 +7,7 @@ from omniform.tokenizers.base import Modality, TokenizerError
 from omniform.tokenizers.folder import read_kind
 from omniform.tokenizers.image import ImageTokenizer
 from omniform.tokenizers.image_latents import ImageLatentsTokenizer, ImagePatchesTokenizer
+from omniform.tokenizers.locations import LocationTokenizer
 from omniform.tokenizers.speech import SpeechTokenizer
 from omniform.tokenizers.text import SentencePieceTokenizer
 from omniform.tokenizers.video import VideoTokenizer
@@ -18,6 +19,7 @@ _KNOWN: tuple[type[Modality[Any]], ...] = (
     ImagePatchesTokenizer,
     SpeechTokenizer,
     VideoTokenizer,
+    LocationTokenizer,
 )
 MODALITIES = {cls.kind: cls for cls in _KNOWN}
 

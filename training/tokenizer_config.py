@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from omniform.modeling.config import STRICT
+from omniform.tokenizers.base import Modality
 from omniform.tokenizers.codec_tokenizer import CodecTokenizer
 from omniform.tokenizers.codecs.adversarial import Discriminator, PatchDiscriminator
 from omniform.tokenizers.codecs.spectrogram_discriminator import SpectrogramDiscriminator
@@ -17,6 +18,7 @@ from omniform.tokenizers.image_latents import (
     ImagePatchesConfig,
     ImagePatchesTokenizer,
 )
+from omniform.tokenizers.locations import LocationTokenizer, LocationTokenizerConfig
 from omniform.tokenizers.speech import SpeechTokenizer, SpeechTokenizerConfig
 from omniform.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
 from omniform.training.config import NAME, FitConfig
@@ -263,16 +265,39 @@ class VideoTokenizerTrainConfig(QuantizedTrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ImagePatchesTrainConfig:
-    """Raw patches, of which nothing is learnt."""
+class UntrainedTokenizerConfig:
+    """A tokenizer of which nothing is learnt. The configuration of each extends it."""
+
+    tokenizer_type: ClassVar[type[Any]]
+
+    kind: str
+    name: str = Field(pattern=NAME)
+    tokenizer: Any
+
+    def build(self) -> Modality[Any]:
+        """Return the tokenizer."""
+        tokenizer: Modality[Any] = self.tokenizer_type(self.tokenizer)
+        return tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImagePatchesTrainConfig(UntrainedTokenizerConfig):
+    """Raw patches of images."""
+
+    tokenizer_type = ImagePatchesTokenizer
 
     kind: Literal["patches"]
-    name: str = Field(pattern=NAME)
     tokenizer: ImagePatchesConfig = ImagePatchesConfig()
 
-    def build(self) -> ImagePatchesTokenizer:
-        """Return the tokenizer."""
-        return ImagePatchesTokenizer(self.tokenizer)
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LocationTokenizerTrainConfig(UntrainedTokenizerConfig):
+    """Quantised coordinates."""
+
+    tokenizer_type = LocationTokenizer
+
+    kind: Literal["locations"]
+    tokenizer: LocationTokenizerConfig = LocationTokenizerConfig()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

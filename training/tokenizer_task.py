@@ -23,8 +23,10 @@ from omniform.training.tokenizer_config import (
     ImageLatentsTrainConfig,
     ImagePatchesTrainConfig,
     ImageTokenizerTrainConfig,
+    LocationTokenizerTrainConfig,
     SpeechTokenizerTrainConfig,
     TextTokenizerTrainConfig,
+    UntrainedTokenizerConfig,
     VideoTokenizerTrainConfig,
 )
 
@@ -37,10 +39,11 @@ _CODECS: dict[str, tuple[type[CodecTrainConfig], type[CodecTask]]] = {
     "speech_codec": (SpeechTokenizerTrainConfig, SpeechTask),
     "causal_video_vq": (VideoTokenizerTrainConfig, CodecTask),
 }
-TokenizerTrainConfig = CodecTrainConfig | TextTokenizerTrainConfig | ImagePatchesTrainConfig
+TokenizerTrainConfig = CodecTrainConfig | TextTokenizerTrainConfig | UntrainedTokenizerConfig
 _CONFIGS: dict[str, type[TokenizerTrainConfig]] = {
     "sentencepiece": TextTokenizerTrainConfig,
     "patches": ImagePatchesTrainConfig,
+    "locations": LocationTokenizerTrainConfig,
     **{kind: config for kind, (config, _) in _CODECS.items()},
 }
 
@@ -95,7 +98,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TokenizerTrainConf
     return parse_config(_CONFIGS[kind], text, overrides, source=str(path))
 
 
-def _make_at_once(config: TextTokenizerTrainConfig | ImagePatchesTrainConfig, out: Path, *, fresh: bool) -> Path:
+def _make_at_once(config: TextTokenizerTrainConfig | UntrainedTokenizerConfig, out: Path, *, fresh: bool) -> Path:
     """Make a tokenizer in seconds, with the same bits each time; a run that was stopped starts again."""
     lock_folder(out)
     record, text = out / CONFIG_FILE, dump_config(config)
