@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from omniform.data.digit_media import COUNTS, SplitMedia
+from omniform.data.digit_scenes import scene_samples
 from omniform.data.handwritten_digits import (
     SPLIT_ROWS,
     WRITER_BLOCKS,
@@ -51,6 +52,7 @@ def build_digits(out: Path, seed: int = 0, copies: int = 16, *, media: bool = Tr
 
         SPLIT                   text, image: a caption and a drawing
         SPLIT-documents         texts and drawings in turns, two to four of each, that count up or name what is shown
+        SPLIT-scenes            image, text, location: two digits, and where one is; text, location, image: one to draw
         SPLIT-text              text, text: two captions of one digit (train and test alone)
         SPLIT-speech            text, speech: a caption and a spoken digit
         SPLIT-video             text, video: a caption that says digit and motion, and a clip
@@ -67,7 +69,7 @@ def build_digits(out: Path, seed: int = 0, copies: int = 16, *, media: bool = Tr
         seed: chooses how copies and clips differ, templates, and what comes together.
         copies: of each training image, at least 1.
         media: False leaves out all folders with speech and video.
-        limit: at most so many of each in those folders: of the ways in which a voice says a word, of the clips of a
+        limit: at most so many of each in those folders and of the scenes: of the ways a voice says a word, of clips of a
             digit and motion, and so on; at least 1.
 
     Raises:
@@ -136,6 +138,7 @@ def _folders(
             yield f"{split}-stories", made.story_samples()
         yield split, _image_samples(images, labels, split, seed, copies)
         yield f"{split}-documents", _document_samples(images, labels, split, seed, copies)
+        yield f"{split}-scenes", scene_samples(images, labels, split, seed, copies if split == "train" else 1, limit)
     # Each test prompt stands once: an answer is right if it names the digit, in whatever words.
     yield "train-text", _text_samples(TRAIN_TEMPLATES, TRAIN_TEMPLATES)
     yield "test-text", _text_samples(TEST_TEMPLATES, TRAIN_TEMPLATES[:1])

@@ -82,6 +82,31 @@ CAPTIONS = {
         ("this is the digit {word} {moving}", "the number {numeral} {moving}", "this is {a_numeral} {moving}"),
     ),
 }
+# What is asked of a scene: where one of its digits is, or one at a place that is given beside. Likewise.
+SCENES = {
+    "find": (
+        (
+            "where is the {word}",
+            "where is the {numeral}",
+            "find the {word}",
+            "find the {numeral}",
+            "find the digit {word}",
+            "the place of the digit {numeral}",
+        ),
+        ("where is the digit {word}", "find the digit {numeral}", "the place of the {word}"),
+    ),
+    "draw": (
+        (
+            "draw {a_word} here",
+            "draw {a_numeral} here",
+            "put {a_word} here",
+            "put {a_numeral} here",
+            "draw the digit {word} here",
+            "the digit {numeral} goes here",
+        ),
+        ("put the digit {word} here", "draw the digit {numeral} here", "{a_word} goes here"),
+    ),
+}
 # What is said of a digit and a motion.
 SPOKEN = "{word} {moving}"
 
