@@ -69,8 +69,8 @@ def build_digits(out: Path, seed: int = 0, copies: int = 16, *, media: bool = Tr
         seed: chooses how copies and clips differ, templates, and what comes together.
         copies: of each training image, at least 1.
         media: False leaves out all folders with speech and video.
-        limit: at most so many of each in those folders and of the scenes: of the ways a voice says a word, of clips of a
-            digit and motion, and so on; at least 1.
+        limit: at most so many of each in those folders and of the scenes: of the ways in which a voice says a word, of
+            the clips of a digit and motion, and so on; at least 1.
 
     Raises:
         DataError: `copies` or `limit` is out of range, a package is missing, or `out` holds something else.
