@@ -346,7 +346,8 @@ def tokenizer_eval(
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="attention, generation, batch_invariance, objectives, judges")
+        str,
+        typer.Argument(metavar="NAME", help="attention, generation, batch_invariance, objectives, judges, locations"),
     ],
     as_json: Json = False,
 ) -> None:
