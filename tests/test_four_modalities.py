@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import torch
+from small_codecs import small_tokenizers
 
 import omniform
 from omniform.data.digits import build_digits
@@ -14,34 +15,10 @@ from omniform.modeling.folder import build_vocabulary
 from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.tokenizers.base import Modality
-from omniform.tokenizers.codecs.fsq import FSQConfig
-from omniform.tokenizers.codecs.residual import ResidualConfig
-from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
-from omniform.tokenizers.speech import SpeechTokenizer, SpeechTokenizerConfig
-from omniform.tokenizers.text import SentencePieceTokenizer
-from omniform.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
 from omniform.training.config import CheckpointConfig, EngineConfig, FitConfig, OptimConfig
 from omniform.training.loop import fit
 from omniform.training.model_task import ModelTask
 from omniform.training.run_folder import open_run_folder
-
-# Of each frame of speech: a generated span can end within one.
-TWO_CODES = ResidualConfig(depth=2, base=FSQConfig(levels=(3, 3)))
-
-
-def small_tokenizers() -> dict[str, Modality]:
-    """Small codecs with random weights: their codes are poor, and codes all the same."""
-    torch.manual_seed(0)
-    image = ImageTokenizerConfig(patch_size=4, widths=(8,), quantizer=FSQConfig(levels=(4, 3)))
-    speech = SpeechTokenizerConfig(width=8, n_blocks=1, frame_samples=1280, quantizer=TWO_CODES)
-    video = VideoTokenizerConfig(patch_size=16, widths=(8,), time_strides=(), quantizer=FSQConfig(levels=(3, 5)))
-    return {
-        "text": SentencePieceTokenizer.train(["one digit"], vocab_size=265),
-        "image": ImageTokenizer(image, image.build()),
-        "speech": SpeechTokenizer(speech, speech.build()),
-        "video": VideoTokenizer(video, video.build()),
-    }
 
 
 def test_every_pair_of_modalities_trains_and_every_modality_is_generated(tmp_path: Path) -> None:

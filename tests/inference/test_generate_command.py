@@ -1,15 +1,21 @@
 """`omniform generate`: what its arguments mean, which files it writes, and what it says of those it cannot use."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from PIL import Image
+from sample_sounds import sine, stored
+from small_codecs import small_model, small_tokenizers
 
 from omniform.errors import OmniformError
 from omniform.inference.command import generate_files, read_argument
 from omniform.inference.generate import Model
+from omniform.inference.part_files import read_part
 from omniform.inference.protocol import ImagePart, TextPart
+from omniform.tokenizers.text import SentencePieceTokenizer
+from omniform.tokenizers.video_files import read_video
 
 
 @pytest.fixture
@@ -61,6 +67,77 @@ def test_without_out_a_picture_goes_to_the_current_folder(
     monkeypatch.chdir(tmp_path)
     generate_files(omni, ["seven"], ["image"], seed=12)
     assert [path.name for path in tmp_path.iterdir()] == ["omniform-12.png"]
+
+
+@pytest.fixture(scope="module")
+def four() -> Model:
+    return small_model(small_tokenizers())
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "seven.flac"
+    path.write_bytes(stored(sine(0.3, 22050), 22050, "FLAC"))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
+def test_speech_in_video_out_in_one_call(four: Model, tmp_path: Path, sound: Path, suffix: str) -> None:
+    out = tmp_path / f"seven{suffix}"
+    [output] = generate_files(four, [f"@{sound}"], ["video"], out, seed=2)
+    assert (output.modality, output.path, output.text) == ("video", out, None)
+    reply = four.generate([read_part(sound, four)], "video", seed=2)
+    written = read_video(out, fps=None, max_frames=99, mode="L").frames
+    assert written.shape == reply.videos[0].frames.shape == (9, 32, 32, 1)
+    assert np.abs(written.astype(float) - reply.videos[0].frames).mean() < 16
+
+
+@pytest.mark.parametrize(
+    ("out", "names"),
+    [
+        ("a.wav", ["a.wav", "a.png", None]),
+        ("a.jpg", ["a.wav", "a.jpg", None]),
+        ("a.txt", ["a.wav", "a.png", "a.txt"]),
+        ("a", ["a.wav", "a.png", "a.txt"]),
+        (".", ["omniform-7.wav", "omniform-7.png", "omniform-7.txt"]),
+    ],
+)
+def test_parts_of_several_modalities_go_beside_each_other(
+    four: Model, tmp_path: Path, out: str, names: list[str | None]
+) -> None:
+    to = ["speech", "image", "text"]
+    outputs = generate_files(four, ["seven"], to, tmp_path / out, seed=7, max_new_tokens=9)
+    assert [output.modality for output in outputs] == to
+    assert [output.path and output.path.name for output in outputs] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(name for name in names if name)
+    assert outputs[2].text == four.generate("seven", to, seed=7, max_new_tokens=9).text
+
+
+def test_only_names_that_several_parts_would_have_get_numbers(four: Model, tmp_path: Path) -> None:
+    to = ["image", "video", "image"]
+    outputs = generate_files(four, ["seven"], to, tmp_path / "a.gif", seed=7)
+    assert [output.path and output.path.name for output in outputs] == ["a-0.png", "a.gif", "a-1.png"]
+    outputs = generate_files(four, ["seven"], ["video", "image"], tmp_path / "b", seed=7, n=2)
+    assert [output.path and output.path.name for output in outputs] == ["b-0.mp4", "b-0.png", "b-1.mp4", "b-1.png"]
+    assert [output.sample for output in outputs] == [0, 0, 1, 1]
+
+
+def test_speech_without_a_sample_has_no_file(four: Model, tmp_path: Path) -> None:
+    # A frame takes two codes, of which one is left room for.
+    outputs = generate_files(four, ["seven"], ["speech", "image"], tmp_path / "a", seed=7, max_new_tokens=1)
+    assert [output.path for output in outputs] == [None, tmp_path / "a.png"]
+    [audio] = four.generate("seven", "speech", seed=7, max_new_tokens=1).speech
+    assert (len(audio.samples), audio.rate) == (0, 16000)
+
+
+def test_a_modality_without_form_outside_of_python_is_refused(tmp_path: Path) -> None:
+    class Bare(SentencePieceTokenizer):
+        name: ClassVar[str] = "bare"
+
+    model = small_model({"text": small_tokenizers()["text"], "bare": Bare.train(["one digit"], vocab_size=265)})
+    with pytest.raises(OmniformError, match="a bare part can neither be printed nor written"):
+        generate_files(model, ["a"], ["bare"], tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,241 @@
+"""Parts and files: what is written is read back as it was, a suffix means one thing, and nothing is half-written."""
+
+import json
+import wave
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sample_sounds import sine, stored
+from sample_videos import clip
+from small_codecs import small_model, small_tokenizers
+
+import omniform
+from omniform.errors import OmniformError
+from omniform.inference.generate import Model
+from omniform.inference.part_files import DEFAULT_SUFFIX, check_suffix, formats, has_files, read_part, write_part
+from omniform.inference.part_items import item_of
+from omniform.inference.protocol import ContentPart, DataPart, ImagePart, SpeechPart, TextPart, VideoPart, parse_prompt
+from omniform.tokenizers.base import Discrete, Modality, TokenizerError, Tokens
+
+RATE, FPS = 16000, 8.0
+PICTURE = Image.fromarray(np.arange(0, 256, dtype=np.uint8).reshape(16, 16))
+SOUND = omniform.Audio(torch.from_numpy(sine(0.5, RATE)).mul(2**15).round() / 2**15, RATE)
+FILM = omniform.Video(clip(9, 32, 32, channels=1), FPS)
+PARTS: dict[str, ContentPart] = {
+    "text": TextPart("a seven\nand more"),
+    "image": ImagePart(PICTURE),
+    "speech": SpeechPart(SOUND),
+    "video": VideoPart(FILM),
+}
+
+
+class Counts(Modality):
+    """Numbers up to 255, whose files are JSON."""
+
+    kind: ClassVar[str] = "counts"
+    name: ClassVar[str] = "counts"
+    representation = Discrete(256)
+    fixed_grid = (2,)
+
+    def encode_batch(self, items: Sequence[list[int]]) -> list[Tokens]:
+        return [Tokens(torch.tensor(item), (len(item),)) for item in items]
+
+    def decode_batch(self, tokens: Sequence[Tokens]) -> list[list[int]]:
+        return [entry.codes.tolist() for entry in tokens]
+
+    def read(self, payload: bytes) -> Any:
+        try:
+            return json.loads(payload)
+        except ValueError as error:
+            raise TokenizerError(f"{len(payload)} bytes are not JSON") from error
+
+    def to_json(self, item: list[int]) -> str:
+        return json.dumps(item)
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, folder: Path) -> "Counts":
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def four() -> Model:
+    return small_model(small_tokenizers())
+
+
+def levels(part: ContentPart) -> np.ndarray:
+    """The numbers that a part is made of, in [-1, 1]."""
+    if isinstance(part, ImagePart):
+        return np.asarray(part.image) / 127.5 - 1
+    if isinstance(part, VideoPart):
+        return part.video.frames / 127.5 - 1
+    assert isinstance(part, SpeechPart)
+    return part.audio.samples.numpy()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "modality", "most_off"),
+    [
+        *((suffix, "image", 0.0) for suffix in (".png", ".bmp", ".tif", ".tiff")),
+        *((suffix, "image", 0.2) for suffix in (".jpg", ".jpeg", ".webp")),
+        (".wav", "speech", 0.0),
+        (".flac", "speech", 0.0),
+        (".mp3", "speech", 0.05),
+        (".ogg", "speech", 0.05),
+        (".gif", "video", 0.0),
+        (".mp4", "video", 0.1),
+        (".webm", "video", 0.1),
+    ],
+)
+def test_what_is_written_is_read_back(four: Model, tmp_path: Path, suffix: str, modality: str, most_off: float) -> None:
+    path = tmp_path / f"part{suffix.upper()}"
+    write_part(PARTS[modality], path)
+    part = read_part(path, four)
+    assert type(part) is type(PARTS[modality])
+    found, given = levels(part), levels(PARTS[modality])
+    assert found.shape == given.shape
+    assert np.abs(found - given).mean() <= most_off
+    if isinstance(part, SpeechPart):
+        assert part.audio.rate == RATE
+    if isinstance(part, VideoPart):
+        assert part.video.fps == FPS
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@given(st.text(min_size=1))
+def test_every_text_is_read_back(tmp_path_factory: pytest.TempPathFactory, four: Model, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.txt"
+    write_part(TextPart(text), path)
+    assert read_part(path, four) == TextPart(text)
+
+
+def test_other_programs_read_what_is_written(tmp_path: Path) -> None:
+    for modality, part in PARTS.items():
+        write_part(part, tmp_path / f"{modality}{DEFAULT_SUFFIX[modality]}")
+    with wave.open(str(tmp_path / "speech.wav")) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (RATE, 1, len(SOUND.samples))
+    assert soundfile.read(tmp_path / "speech.wav", dtype="float32")[0].tolist() == SOUND.samples.tolist()
+    assert Image.open(tmp_path / "image.png").tobytes() == PICTURE.tobytes()
+    assert (tmp_path / "text.txt").read_text() == "a seven\nand more\n"
+    assert (tmp_path / "video.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_sound_and_video_of_any_rate_and_size_prompt_as_their_files_do(four: Model, tmp_path: Path) -> None:
+    stereo = np.stack([sine(0.4, 44100), sine(0.4, 44100)], axis=1)
+    (tmp_path / "a.wav").write_bytes(stored(stereo, 44100))
+    samples = torch.from_numpy(soundfile.read(tmp_path / "a.wav", dtype="float32")[0]).mean(1)
+    film = omniform.Video(clip(20, 40, 56, channels=3)[:, :, :, :1], 16.0)
+    write_part(VideoPart(film), tmp_path / "b.gif")
+    for name, held in (("a.wav", omniform.Audio(samples, 44100)), ("b.gif", film)):
+        part = read_part(tmp_path / name, four)
+        [same] = parse_prompt(held)
+        tokenizer = four.tokenizers[part.modality]
+        of_file, of_object = (tokenizer.encode(item_of(entry, tokenizer)) for entry in (part, same))
+        assert of_file.grid == of_object.grid
+        assert torch.equal(of_file.codes, of_object.codes)
+        assert four.generate(part, seed=3) == four.generate(held, seed=3)
+
+
+def test_files_of_a_modality_that_the_model_lacks(four: Model, omni: Model, tmp_path: Path) -> None:
+    """A GIF is a video, or else a picture; a film is a video, or else its sound."""
+    write_part(VideoPart(FILM), tmp_path / "a.gif")
+    write_part(VideoPart(FILM), tmp_path / "a.mp4")
+    write_part(SpeechPart(SOUND), tmp_path / "a.wav")
+    assert isinstance(read_part(tmp_path / "a.gif", four), VideoPart)
+    tokenizers = small_tokenizers()
+    still = small_model({name: tokenizers[name] for name in ("text", "image", "speech")})
+    part = read_part(tmp_path / "a.gif", still)
+    assert isinstance(part, ImagePart)
+    assert part.image.size == (16, 16)
+    with pytest.raises(OmniformError, match=r"a\.mp4: the file holds no sound"):
+        read_part(tmp_path / "a.mp4", still)
+    for name in ("a.wav", "a.mp4", "a.json"):
+        with pytest.raises(OmniformError, match=rf"{name}: .* is no kind of file that this model takes"):
+            read_part(tmp_path / name, omni)
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("a.wav", b"", "a.wav: "),
+        ("a.wav", b"RIFF", "a.wav: "),
+        ("a.mp4", b"xyz", "a.mp4: "),
+        ("a.wav", stored(np.zeros(0, np.float32), RATE), r"a\.wav: a sound file holds no samples"),
+        ("a.mp4", stored(sine(0.1, RATE), RATE), "a.mp4: "),
+        ("a.png", stored(sine(0.1, RATE), RATE), "a.png: "),
+        ("a.txt", b"\n", r"a\.txt: .* empty text"),
+        ("a.txt", b"\xff", r"a\.txt: a text of 1 bytes is not UTF-8"),
+        ("a.xyz", b"", r"a\.xyz: \.xyz is no kind of file that this model takes"),
+        ("a", b"", "a name without suffix is no kind of file"),
+        ("a.json", b"[]", r"\.json is no kind of file that this model takes"),
+    ],
+)
+def test_files_that_hold_nothing_usable(four: Model, tmp_path: Path, name: str, contents: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(contents)
+    with pytest.raises(OmniformError, match=message):
+        read_part(tmp_path / name, four)
+    with pytest.raises(OmniformError, match=r"missing\.wav: cannot be read: No such file"):
+        read_part(tmp_path / "missing.wav", four)
+
+
+def test_a_suffix_is_of_one_modality() -> None:
+    every = [suffix for modality in (*PARTS, "counts") for suffix in formats(modality)]
+    assert len(every) == len(set(every))
+    for modality, suffix in DEFAULT_SUFFIX.items():
+        check_suffix(Path(f"a{suffix}"), modality)
+        for other in every:
+            if other not in formats(modality):
+                with pytest.raises(OmniformError, match=rf"\{other} is no format of {modality}, use \."):
+                    check_suffix(Path(f"a{other}"), modality)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "message"),
+    [
+        (PARTS["speech"], "a.png", r"\.png is no format of speech, use \.wav"),
+        (PARTS["video"], "a", "no suffix is no format of video"),
+        (SpeechPart(omniform.Audio(torch.zeros(0), RATE)), "a.wav", "speech without a sample"),
+        (ImagePart(Image.new("RGBA", (4, 4))), "a.jpg", "a picture of mode RGBA is not written as .jpg"),
+        (VideoPart(omniform.Video(FILM.frames, 200.0)), "a.gif", "200.0 frames per second"),
+        (DataPart("image", torch.zeros(1, 2, 2)), "a.png", "in the raw form of its tokenizer has no form in files"),
+        (DataPart("counts", [1]), "a.json", "has no form in files"),
+        (PARTS["image"], "folder.png", "cannot be written: Is a directory"),
+        (PARTS["image"], "nowhere/a.png", "cannot be written: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_written_leaves_everything_as_it_was(
+    tmp_path: Path, part: ContentPart, name: str, message: str
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    if "folder" not in name and "nowhere" not in name:
+        (tmp_path / name).write_bytes(b"before")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(OmniformError, match=message):
+        write_part(part, tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before
+    assert all(path.is_dir() or path.read_bytes() == b"before" for path in before)
+
+
+def test_a_modality_without_files_of_its_own_has_json(tmp_path: Path) -> None:
+    tokenizers = {"text": small_tokenizers()["text"], "counts": Counts()}
+    model = small_model(tokenizers)
+    assert has_files("counts", model)
+    [part] = model.generate("one", to="counts", seed=1).parts
+    assert isinstance(part, DataPart)
+    assert part.json == json.dumps(part.data)
+    write_part(part, tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_bytes()) == part.data
+    assert read_part(tmp_path / "a.json", model) == part
+    (tmp_path / "b.json").write_bytes(b"{")
+    with pytest.raises(OmniformError, match=r"b\.json: 1 bytes are not JSON"):
+        read_part(tmp_path / "b.json", model)
