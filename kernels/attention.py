@@ -32,19 +32,24 @@ class DocumentBatch:
     """Documents of similar length, gathered from the flattened (B * L) rows and padded to one width.
 
     Attributes:
-        rows: flat index of each row; where `present` is False it repeats the document's first row.
+        rows: flat index of each row; beyond the end of a document its first row again, whose result is not used.
     """
 
     rows: Int[Tensor, "N W"]
-    present: Bool[Tensor, "N W"]
     allowed: Bool[Tensor, "N 1 W W"]
 
 
 @dataclass(frozen=True)
 class DocumentMask:
-    """All documents of a packed batch: rows outside every document (padding) get zeros."""
+    """All documents of a packed batch: rows outside every document (padding) get zeros.
+
+    Attributes:
+        places: of each of the flattened (B * L) rows among those of all batches, laid end to end and followed by one
+            row of zeros, which is the place of padding.
+    """
 
     batches: tuple[DocumentBatch, ...]
+    places: Int[Tensor, "R"]
 
 
 Mask = DenseMask | DocumentMask
@@ -93,14 +98,25 @@ def _share(x: Float[Tensor, "B G L K"], group: int) -> Float[Tensor, "B H L K"]:
 
 def _document_attention(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask, group: int) -> Tensor:
     batch, heads, length, head_dim = q.shape
-    flat_q, flat_k, flat_v = (x.transpose(1, 2).reshape(batch * length, x.shape[1], head_dim) for x in (q, k, v))
-    out = torch.zeros_like(flat_q)
-    for documents in mask.batches:
-        gathered = (x[documents.rows].transpose(1, 2) for x in (flat_q, flat_k, flat_v))  # (N, H or G, W, K)
-        doc_q, doc_k, doc_v = gathered
-        attended = F.scaled_dot_product_attention(
-            doc_q, _share(doc_k, group), _share(doc_v, group), attn_mask=documents.allowed
-        )
-        present = documents.present
-        out = out.index_put((documents.rows[present],), attended.transpose(1, 2)[present].to(out.dtype))
+    # Rows are gathered, and put back, once for all batches: both ways forward and backward are plain copies of rows.
+    flat = torch.cat([q, k, v], dim=1).transpose(1, 2).reshape(batch * length, -1)
+    rows = [documents.rows.flatten() for documents in mask.batches]
+    gathered = flat.index_select(0, torch.cat(rows)).split([len(own) for own in rows])
+    attended = []
+    for documents, own in zip(mask.batches, gathered, strict=True):
+        by_head = own.view(*documents.rows.shape, -1, head_dim).transpose(1, 2)  # (N, H + 2 G, W, K)
+        doc_q, doc_k, doc_v = by_head.split([heads, k.shape[1], v.shape[1]], dim=1)
+        found = _attend(doc_q, _share(doc_k, group), _share(doc_v, group), documents.allowed)
+        attended.append(found.transpose(1, 2).reshape(-1, heads * head_dim))
+    attended.append(torch.zeros_like(attended[0][:1]))
+    out = torch.cat(attended).index_select(0, mask.places)
     return out.view(batch, length, heads, head_dim).transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        # The fused kernel of CPUs goes backward by single rows, in bf16 several times slower than these products; the
+        # scores that they keep are few, for documents are short.
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return torch.softmax(scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)

@@ -86,7 +86,9 @@ class AttentionPattern:
         right[:, :-1] = document_ids[:, 1:]
         stops = flat[real & (document_ids != right)] + 1
         lengths = stops - starts
-        batches = []
+        batches: list[DocumentBatch] = []
+        n_laid = 0
+        places = torch.full((batch * length,), -1, device=device)
         widths = 16 * torch.ceil(lengths / 16).to(torch.int64)
         for width in torch.unique(widths).tolist():
             chosen = widths == width
@@ -99,5 +101,8 @@ class AttentionPattern:
                 self.bidirectional.reshape(-1)[rows],
                 self.private.reshape(-1)[rows],
             )
-            batches.append(DocumentBatch(rows, present, documents.allowed()[:, None]))
-        return DocumentMask(tuple(batches))
+            batches.append(DocumentBatch(rows, documents.allowed()[:, None]))
+            laid = n_laid + torch.arange(rows.numel(), device=device).view_as(rows)
+            places[rows[present]] = laid[present]
+            n_laid += rows.numel()
+        return DocumentMask(tuple(batches), torch.where(places < 0, n_laid, places))
