@@ -22,6 +22,7 @@ from av.container import InputContainer
 from jaxtyping import Float
 from torch import Tensor
 
+from omniform.tokenizers.base import TokenizerError
 from omniform.tokenizers.growing_array import GrowingArray
 from omniform.tokenizers.media_container import MediaFileError, open_container
 
@@ -53,10 +54,25 @@ class Audio:
     Attributes:
         samples: float32, mono, in [-1, 1].
         rate: samples per second (Hz).
+
+    Raises:
+        TokenizerError: samples that are no real tensor of one axis, or a rate that is no integer.
     """
 
     samples: Float[Tensor, "N"]
     rate: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.samples, Tensor) or self.samples.ndim != 1 or not self.samples.is_floating_point():
+            shape = f" {self.samples.dtype} {tuple(self.samples.shape)}" if hasattr(self.samples, "dtype") else ""
+            raise TokenizerError(
+                f"the samples of an Audio are a {type(self.samples).__name__}{shape}, expected a float tensor (N,) in "
+                "[-1, 1]: torch.from_numpy makes one of an array, .mean(1) one of two channels"
+            )
+        if isinstance(self.rate, bool) or not isinstance(self.rate, int):
+            raise TokenizerError(
+                f"the rate of an Audio is {self.rate!r}, expected a whole number of samples per second"
+            )
 
     @property
     def seconds(self) -> float:

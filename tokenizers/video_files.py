@@ -23,6 +23,7 @@ from av.video.stream import VideoStream
 from jaxtyping import UInt8
 from PIL import Image
 
+from omniform.tokenizers.base import TokenizerError
 from omniform.tokenizers.growing_array import GrowingArray
 from omniform.tokenizers.image_files import Mode, plain_picture
 from omniform.tokenizers.media_container import MediaFileError, open_container
@@ -50,10 +51,20 @@ class Video:
     Attributes:
         frames: 8-bit levels, C = 3 for RGB, 1 for grey.
         fps: frames per second.
+
+    Raises:
+        TokenizerError: frames that are no array, or a rate that is no number.
     """
 
     frames: UInt8[np.ndarray, "T H W C"]
     fps: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.frames, np.ndarray) or not isinstance(self.fps, int | float | Fraction):
+            raise TokenizerError(
+                f"a Video of a {type(self.frames).__name__} at {self.fps!r} frames per second, expected a NumPy array "
+                "uint8 (T, H, W, 1 or 3) and a number"
+            )
 
     @property
     def seconds(self) -> float:

@@ -1,13 +1,19 @@
 """A stored model with the shipped tokenizers generates what it generated before it was stored."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from sample_sounds import sine
+from sample_sounds import stored as stored_sound
+from small_codecs import small_model, small_tokenizers
+from typer.testing import CliRunner
 
 import omniform
+from omniform.cli import app
 from omniform.inference.command import generate_files
 from omniform.inference.generate import Model, load
 from omniform.modeling.config import DecoderConfig, ModelConfig
@@ -19,6 +25,7 @@ from omniform.tokenizers.base import Modality
 from omniform.tokenizers.codecs.fsq import FSQConfig
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
 from omniform.tokenizers.text import SentencePieceTokenizer
+from omniform.tokenizers.video_files import read_video_header
 
 GENERATION_CONFIG = {"max_sequence_length": 90, "modalities": {"image": {"guidance_scale": 1.5, "steps": 3}}}
 
@@ -64,6 +71,26 @@ def test_the_command_loads_the_folder(stored: tuple[Model, Path], tmp_path: Path
     assert output.path is not None
     expected = stored[0].generate("a seven", to="image", seed=3).images[0]
     assert Image.open(output.path).tobytes() == expected.tobytes()
+
+
+def test_the_command_turns_speech_into_video_and_says_where_it_went(tmp_path: Path) -> None:
+    tokenizers = small_tokenizers()
+    model = small_model(tokenizers)
+    weights = model.network.state_dict()
+    folder = tmp_path / "model"
+    save_model_folder(folder, model.network.config, weights, tokenizers, generation_config={}, card="# Random\n")
+    (tmp_path / "seven.wav").write_bytes(stored_sound(sine(0.3, 8000), 8000))
+    prompt, film = f"@{tmp_path / 'seven.wav'}", tmp_path / "seven.mp4"
+    shown = CliRunner().invoke(app, ["generate", str(folder), prompt, "--to", "video", "--out", str(film), "--seed=3"])
+    assert (shown.exit_code, shown.output) == (0, f"{film} (seed 3)\n")
+    assert read_video_header(film).codec == "h264"
+    out = ["--out", str(tmp_path / "a"), "--to", "speech", "--to", "text", "--seed=3", "--max-new-tokens=1"]
+    shown = CliRunner().invoke(app, ["generate", str(folder), prompt, *out, "--json"])
+    assert isinstance(shown.exception, omniform.OmniformError)
+    assert "1 of 2 parts are speech without a sample, for which no file was written (seed 3)" in str(shown.exception)
+    speech, text = json.loads(shown.stdout)
+    assert (speech["modality"], speech["path"], speech["text"]) == ("speech", None, None)
+    assert (text["path"], text["text"]) == (str(tmp_path / "a.txt"), (tmp_path / "a.txt").read_text()[:-1])
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import wave
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -186,6 +186,28 @@ def test_files_that_hold_nothing_usable(four: Model, tmp_path: Path, name: str, 
         read_part(tmp_path / name, four)
     with pytest.raises(OmniformError, match=r"missing\.wav: cannot be read: No such file"):
         read_part(tmp_path / "missing.wav", four)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: omniform.Audio(torch.zeros(0), RATE), r"samples of shape \(0,\), expected \(N,\) with N >= 1"),
+        (lambda: omniform.Audio(torch.full((9,), torch.nan), RATE), "not finite numbers"),
+        (lambda: omniform.Audio(torch.zeros(9), 0), "a rate of 0 Hz, expected 1000 to"),
+        (lambda: omniform.Audio(np.zeros(9), RATE), r"a ndarray float64 \(9,\), expected a float tensor \(N,\)"),
+        (lambda: omniform.Audio(torch.zeros(9, 2), RATE), r"float32 \(9, 2\), .* one of two channels"),
+        (lambda: omniform.Audio([0.0], RATE), "a list, expected a float tensor"),
+        (lambda: omniform.Audio(torch.zeros(9), 16000.5), "rate of an Audio is 16000.5, expected a whole number"),
+        (lambda: omniform.Video(FILM.frames[:0], FPS), r"uint8 frames \(0, 32, 32, 1\) .* T >= 1"),
+        (lambda: omniform.Video(FILM.frames, 0.0), "a finite rate above 0"),
+        (lambda: omniform.Video(FILM.frames / 255, FPS), "a video of float64 frames"),
+        (lambda: omniform.Video(torch.zeros(9, 4, 4, 1), FPS), "a Video of a Tensor at 8.0 .* expected a NumPy array"),
+        (lambda: omniform.Video(FILM.frames, "8"), "at '8' frames per second"),
+    ],
+)
+def test_sound_and_video_that_hold_nothing_usable(four: Model, make: Callable[[], object], message: str) -> None:
+    with pytest.raises(OmniformError, match=message):
+        four.generate(make())
 
 
 def test_a_suffix_is_of_one_modality() -> None:
