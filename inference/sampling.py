@@ -32,7 +32,7 @@ def sampling_settings(source: str, **values: object) -> SamplingSettings:
         if first["type"] == "unexpected_keyword_argument":
             known = ", ".join(SamplingSettings.__dataclass_fields__)
             raise OmniformError(f"{source}: unknown setting {name!r}, expected one of {known}") from error
-        expected = first["msg"].removeprefix("Input should be ")
+        expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         raise OmniformError(f"{source}: {name} is {first['input']!r}, expected {expected}") from error
 
 

@@ -1,6 +1,6 @@
 """What a model folder's generation_config.json holds: how to sample where a call does not say."""
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid")
@@ -12,7 +12,8 @@ class SamplingSettings:
 
     Attributes:
         max_new_tokens: most tokens of a span of free length, its end included; spans of fixed length ignore it.
-        temperature: logits are divided by it; 0 takes the likeliest token and draws no noise at all.
+        temperature: logits are divided by it; 0 takes the likeliest token and draws no noise at all. Between 0 and
+            1e-6, as above 1e6, quotients may leave the range of fp32.
         top_k: only the k likeliest tokens may be chosen; None for all.
         top_p: only the smallest set of likeliest tokens that holds this much probability; None for all.
         guidance_scale: classifier-free guidance, `uncond + scale * (cond - uncond)` on logits; 1 for none.
@@ -20,11 +21,18 @@ class SamplingSettings:
     """
 
     max_new_tokens: int = Field(default=128, ge=1)
-    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, ge=0, le=1e6, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    guidance_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    guidance_scale: float = Field(default=1.0, ge=0, le=1e6, allow_inf_nan=False)
     steps: int | None = Field(default=None, ge=1)
+
+    @field_validator("temperature")
+    @classmethod
+    def _check_temperature(cls, value: float) -> float:
+        if 0 < value < 1e-6:
+            raise ValueError("0, which takes the likeliest token, or at least 1e-6")
+        return value
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
