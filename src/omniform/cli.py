@@ -258,9 +258,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score every direction that the model was trained for, with judges that it never trained with."""
+    from omniform.cell_report import cells_as_text
     from omniform.inference.evaluation import evaluate_any_to_any
     from omniform.inference.generate import load
-    from omniform.report import cells_as_text
 
     metrics = evaluate_any_to_any(load(model), data, split=split, seed=seed, limit=limit, out=out)
     if as_json:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from omniform import __version__
+from omniform.cell_report import cells_as_text
 from omniform.data import digits
 from omniform.data.sealed import unseal, write_atomically
 from omniform.data.templates import TEST_TEMPLATES, render
@@ -33,7 +34,7 @@ from omniform.inference.tokenizer_evaluation import evaluate_tokenizer
 from omniform.modeling.folder import MANIFEST as MODEL_MANIFEST
 from omniform.modeling.folder import commit, load_model_folder
 from omniform.preview import draw_samples
-from omniform.report import cells_as_text, write_report
+from omniform.report import write_report
 from omniform.training.run import train
 from omniform.training.run_folder import lock_folder
 from omniform.training.tokenizer_task import train_tokenizer

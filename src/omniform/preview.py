@@ -7,17 +7,21 @@ from typing import Any
 from PIL import Image
 
 from omniform.inference.generate import Model
+from omniform.inference.part_files import DEFAULT_SUFFIX, write_part
+from omniform.inference.protocol import SpeechPart
 from omniform.modeling.folder import LoadedModel
 
 _SCALE, _COLUMNS = 4, 10
+_N_MEDIA = 2  # sounds and videos: generating them is slower than drawing, and the model waits
 UNCONDITIONAL: tuple[object, ...] = ([],) * 10
 
 
 def draw_samples(loaded: LoadedModel, folder: Path, prompts: Sequence[object] = UNCONDITIONAL) -> None:
-    """Write images.png with an image for each prompt, and text.txt with what the model says about each of them.
+    """Write images.png with an image for each prompt, text.txt with what the model says about each of them, and
+    speech-K.wav and video-K.mp4 for the first two prompts, as far as the model has these modalities.
 
-    A model that has no images writes what it says about the prompts. Seed 0: what differs from one time to the next
-    is the model.
+    A model that has no images writes what it says about the prompts. Speech of no samples leaves no file. Seed 0: what
+    differs from one time to the next is the model.
 
     Args:
         folder: created if need be.
@@ -25,12 +29,20 @@ def draw_samples(loaded: LoadedModel, folder: Path, prompts: Sequence[object] = 
     """
     model = Model(loaded)
     folder.mkdir(parents=True, exist_ok=True)
+    for modality in ("speech", "video"):
+        few = prompts[:_N_MEDIA] if modality in model.modalities else ()
+        for place, reply in enumerate(model.generate_batch(few, modality, seed=0)):
+            path = folder / f"{modality}-{place}{DEFAULT_SUFFIX[modality]}"
+            path.unlink(missing_ok=True)
+            if not (isinstance(part := reply.parts[0], SpeechPart) and not len(part.audio.samples)):
+                write_part(part, path)
     if "image" in model.modalities:
         images = [reply.images[0] for reply in model.generate_batch(prompts, "image", seed=0)]
         image_grid(images).save(folder / "images.png")
         prompts = images
-    lines = [" ".join(reply.text.split()) for reply in model.generate_batch(prompts, "text", seed=0)]
-    (folder / "text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if "text" in model.modalities:
+        lines = [" ".join(reply.text.split()) for reply in model.generate_batch(prompts, "text", seed=0)]
+        (folder / "text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def image_grid(images: Sequence[Image.Image], columns: int = _COLUMNS, scale: int = _SCALE) -> Image.Image:
