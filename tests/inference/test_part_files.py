@@ -2,9 +2,8 @@
 
 import json
 import wave
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,11 +18,12 @@ from small_codecs import small_model, small_tokenizers
 
 import omniform
 from omniform.errors import OmniformError
+from omniform.inference.command import generate_files
 from omniform.inference.generate import Model
 from omniform.inference.part_files import DEFAULT_SUFFIX, check_suffix, formats, has_files, read_part, write_part
 from omniform.inference.part_items import item_of
 from omniform.inference.protocol import ContentPart, DataPart, ImagePart, SpeechPart, TextPart, VideoPart, parse_prompt
-from omniform.tokenizers.base import Discrete, Modality, TokenizerError, Tokens
+from omniform.tokenizers.locations import LocationTokenizer, LocationTokenizerConfig
 
 RATE, FPS = 16000, 8.0
 PICTURE = Image.fromarray(np.arange(0, 256, dtype=np.uint8).reshape(16, 16))
@@ -35,37 +35,6 @@ PARTS: dict[str, ContentPart] = {
     "speech": SpeechPart(SOUND),
     "video": VideoPart(FILM),
 }
-
-
-class Counts(Modality):
-    """Numbers up to 255, whose files are JSON."""
-
-    kind: ClassVar[str] = "counts"
-    name: ClassVar[str] = "counts"
-    representation = Discrete(256)
-    fixed_grid = (2,)
-
-    def encode_batch(self, items: Sequence[list[int]]) -> list[Tokens]:
-        return [Tokens(torch.tensor(item), (len(item),)) for item in items]
-
-    def decode_batch(self, tokens: Sequence[Tokens]) -> list[list[int]]:
-        return [entry.codes.tolist() for entry in tokens]
-
-    def read(self, payload: bytes) -> Any:
-        try:
-            return json.loads(payload)
-        except ValueError as error:
-            raise TokenizerError(f"{len(payload)} bytes are not JSON") from error
-
-    def to_json(self, item: list[int]) -> str:
-        return json.dumps(item)
-
-    def save(self, folder: Path) -> None:
-        raise NotImplementedError
-
-    @classmethod
-    def load(cls, folder: Path) -> "Counts":
-        raise NotImplementedError
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +180,7 @@ def test_sound_and_video_that_hold_nothing_usable(four: Model, make: Callable[[]
 
 
 def test_a_suffix_is_of_one_modality() -> None:
-    every = [suffix for modality in (*PARTS, "counts") for suffix in formats(modality)]
+    every = [suffix for modality in (*PARTS, "location") for suffix in formats(modality)]
     assert len(every) == len(set(every))
     for modality, suffix in DEFAULT_SUFFIX.items():
         check_suffix(Path(f"a{suffix}"), modality)
@@ -230,7 +199,7 @@ def test_a_suffix_is_of_one_modality() -> None:
         (ImagePart(Image.new("RGBA", (4, 4))), "a.jpg", "a picture of mode RGBA is not written as .jpg"),
         (VideoPart(omniform.Video(FILM.frames, 200.0)), "a.gif", "200.0 frames per second"),
         (DataPart("image", torch.zeros(1, 2, 2)), "a.png", "in the raw form of its tokenizer has no form in files"),
-        (DataPart("counts", [1]), "a.json", "has no form in files"),
+        (DataPart("location", [1]), "a.json", "has no form in files"),
         (PARTS["image"], "folder.png", "cannot be written: Is a directory"),
         (PARTS["image"], "nowhere/a.png", "cannot be written: No such file or directory"),
     ],
@@ -249,15 +218,19 @@ def test_what_cannot_be_written_leaves_everything_as_it_was(
 
 
 def test_a_modality_without_files_of_its_own_has_json(tmp_path: Path) -> None:
-    tokenizers = {"text": small_tokenizers()["text"], "counts": Counts()}
+    tokenizers = {"text": small_tokenizers()["text"], "location": LocationTokenizer(LocationTokenizerConfig(n_bins=9))}
     model = small_model(tokenizers)
-    assert has_files("counts", model)
-    [part] = model.generate("one", to="counts", seed=1).parts
-    assert isinstance(part, DataPart)
-    assert part.json == json.dumps(part.data)
-    write_part(part, tmp_path / "a.json")
-    assert json.loads((tmp_path / "a.json").read_bytes()) == part.data
-    assert read_part(tmp_path / "a.json", model) == part
+    assert has_files("location", model)
+    for seed in range(5):
+        [part] = model.generate("one", to="location", seed=seed).parts
+        assert isinstance(part, DataPart)
+        write_part(part, tmp_path / "a.json")
+        stored_entries = [{place.kind: list(place.coordinates)} for place in part.data]
+        assert json.loads((tmp_path / "a.json").read_bytes()) == stored_entries
+        assert read_part(tmp_path / "a.json", model) == part
+        [output] = generate_files(model, [f"@{tmp_path / 'a.json'}"], ["location"], seed=seed)
+        assert output.path is None
+        assert output.text == model.generate(part, to="location", seed=seed).parts[0].json
     (tmp_path / "b.json").write_bytes(b"{")
-    with pytest.raises(OmniformError, match=r"b\.json: 1 bytes are not JSON"):
+    with pytest.raises(OmniformError, match=r"b\.json: 1 bytes of locations are not JSON"):
         read_part(tmp_path / "b.json", model)
