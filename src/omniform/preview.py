@@ -30,10 +30,11 @@ def draw_samples(loaded: LoadedModel, folder: Path, prompts: Sequence[object] = 
     model = Model(loaded)
     folder.mkdir(parents=True, exist_ok=True)
     for modality in ("speech", "video"):
-        few = prompts[:_N_MEDIA] if modality in model.modalities else ()
-        for place, reply in enumerate(model.generate_batch(few, modality, seed=0)):
+        if modality not in model.modalities:
+            continue
+        for place, reply in enumerate(model.generate_batch(prompts[:_N_MEDIA], modality, seed=0)):
             path = folder / f"{modality}-{place}{DEFAULT_SUFFIX[modality]}"
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # an earlier sample, if this one leaves no file
             if not (isinstance(part := reply.parts[0], SpeechPart) and not len(part.audio.samples)):
                 write_part(part, path)
     if "image" in model.modalities:

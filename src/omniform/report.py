@@ -15,6 +15,7 @@ from omniform.tokenizer_report import tokenizer_section
 
 REPORT = "report.html"
 _SHOWN = {"text": "text", "image": "pictures", "speech": "speech", "video": "video"}
+_N_STEPS_SHOWN = 6
 
 
 def write_report(folder: Path, commands: Sequence[str], note: str = "") -> Path:
@@ -167,19 +168,18 @@ def _charts(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _on_the_way(folder: Path) -> str:
-    """Show the samples that were drawn while the model trained: the last ones, and those before folded away."""
+    """Show the samples that were drawn while the model trained, of at most six steps, the last one among them."""
     steps = sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]))
-    shown = [
-        f"<h4>{html.escape(told)}</h4>{preview}"
-        for path in steps
-        if (preview := _preview(path, told := path.name.replace("-", " ")))
-    ]
+    every = -(-len(steps) // _N_STEPS_SHOWN) or 1
+    shown = []
+    for path in steps[::-1][::every][::-1]:
+        told = html.escape(path.name.replace("-", " "))
+        if preview := _preview(path, told):
+            shown.append(f"<h4>{told}</h4>{preview}")
     if not shown:
         return ""
-    return (
-        '<h3>What the model made on the way</h3><p class="note">The same prompts and noise each time.</p>'
-        f"{''.join(shown)}"
-    )
+    note = '<p class="note">The same prompts and noise each time.</p>'
+    return f"<h3>What the model made on the way</h3>{note}{''.join(shown)}"
 
 
 def _stages(stages: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from omniform.cell_report import anchor, arrow
 from omniform.page import medium, shortened
 
 _N_SHOWN, _N_WRONG = 10, 4  # samples per cell, and of these at most so many failures unless successes are fewer
-_MOST_CHARACTERS = 10 * 2**20  # of all samples together: what the files of a page's sounds and videos may take
+_MOST_CHARACTERS = 8 * 2**20  # of all samples together: what the files of a page's sounds and videos may take
 _LONGEST_TEXT = 160
 _PLAYED = ("image", "speech", "video")
 
@@ -17,7 +17,7 @@ _PLAYED = ("image", "speech", "video")
 def samples_section(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return in HTML some samples of each cell of samples.json: failures first, then successes.
 
-    All samples together take at most 10 MiB; where they would take more, cells show fewer.
+    All samples together take at most 8 MiB; where they would take more, cells show fewer.
     """
     parts = [
         "<h2>Samples</h2>",

@@ -210,7 +210,7 @@ def test_samples_that_are_large_leave_the_page_bounded_and_are_counted(tmp_path:
     url = f"data:audio/wav;base64,{base64.b64encode(audio_bytes(noise, 16_000, 'wav')).decode()}"
     large = [sample("text", "speech", right=False, reply={"speech": url})] * 5
     content = report(tmp_path, metrics=metrics_of(["text->speech"]), samples={"text->speech": large})
-    assert 4 * 2**20 < len(content) < 12 * 2**20
+    assert 4 * 2**20 < len(content) < 10 * 2**20
     assert "1 of 5 failures and 0 of 0 successes" in content
 
 
