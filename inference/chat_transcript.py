@@ -79,8 +79,8 @@ def _message(role: str, parts: Sequence[FiledPart]) -> dict[str, Any]:
 
 def _as_json(turn: Turn) -> list[dict[str, Any]]:
     prompt: dict[str, Any] = {"role": "user", "parts": [_part_as_json(filed) for filed in turn.prompt]}
-    reply: dict[str, Any] = {"role": "assistant", "parts": [_part_as_json(filed) for filed in turn.reply], "to": turn.to}
-    reply |= {"seed": turn.seed, "settings": turn.settings, "stopped": turn.stopped, "replaced": turn.replaced}
+    reply: dict[str, Any] = {"role": "assistant", "parts": [_part_as_json(filed) for filed in turn.reply]}
+    reply |= {name: getattr(turn, name) for name in ("to", "seed", "settings", "stopped", "replaced")}
     return [prompt, reply]
 
 
