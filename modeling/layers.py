@@ -101,7 +101,7 @@ class Routes:
         """Sort the rows by the expert that each one names."""
         flat_ids = expert_ids.flatten()
         counts = flat_ids.bincount(minlength=n_experts)
-        # Under ZeRO-3 a rank without rows of a modality must call its expert all the same, or the others wait for ever.
+        # Under ZeRO-3 all ranks gather an expert's weights together, so one without rows for it calls it all the same.
         calls = counts if torch.is_inference_mode_enabled() else counts.clamp(min=1)
         order = flat_ids.argsort(stable=True)
         added = (calls - counts).cumsum(0)

@@ -347,7 +347,9 @@ def tokenizer_eval(
 def bench(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="attention, generation, batch_invariance, objectives, judges, locations"),
+        typer.Argument(
+            metavar="NAME", help="attention, generation, batch_invariance, experts, objectives, judges, locations"
+        ),
     ],
     as_json: Json = False,
 ) -> None:
