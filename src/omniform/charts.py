@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 _WIDTH, _HEIGHT = 360, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 14, 44, 36
+_CHARACTER = 6.0  # about the width of a letter
 _LOG_FROM = 30.0  # the ratio of the largest to the smallest value from which a linear axis would hide the small ones
 
 
@@ -25,7 +26,8 @@ def line_chart(
     Args:
         measure: what the values are, written along their axis.
         steps: first and last step of the axis, so that charts can be compared; those of the curve unless given.
-        stages: name of each stage and its last step, in order: a dashed line where one stage gives way to the next.
+        stages: name of each stage and its last step, in order: a dashed line where one stage gives way to the next,
+            and the names that fit.
         thin: draw the curve thinner.
     """
     values = [value for _, value in points]
@@ -66,7 +68,7 @@ def line_chart(
 
 
 def _boundaries(stages: Mapping[str, float], first: float, last: float, across: Callable[[float], float]) -> str:
-    """Return the name of each stage above the steps that it took, and a line at its end, all within the chart."""
+    """Return the name of each stage above the steps that it took, where it has the room, and a line at its end."""
     parts, start = [], first
     for name, end in stages.items():
         if start < end < last:
@@ -76,7 +78,8 @@ def _boundaries(stages: Mapping[str, float], first: float, last: float, across: 
             )
         if start <= end <= last:
             middle = (across(start) + across(end)) / 2
-            parts.append(f'<text x="{middle:.1f}" y="{_TOP - 4}" text-anchor="middle">{html.escape(name)}</text>')
+            if len(name) * _CHARACTER <= across(end) - across(start):
+                parts.append(f'<text x="{middle:.1f}" y="{_TOP - 4}" text-anchor="middle">{html.escape(name)}</text>')
             start = end
     return "".join(parts)
 

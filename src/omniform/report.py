@@ -135,12 +135,14 @@ def _folded_curves(run: Path) -> str:
 
 def _curves(folder: Path) -> str:
     log = folder / "run" / "log.jsonl"
-    charts = _charts(_read_log(log)) if log.exists() else []
+    records = _read_log(log) if log.exists() else []
+    charts = _charts(records)
     if not charts:
         return ""
+    told = ", ".join(f"{html.escape(name)} to step {last}" for name, last in _stages_of(records).items())
     return (
         '<h2>Training</h2><p class="note">The loss of each modality on training data, and of choosing what comes next '
-        "where the model learns that (next_span); dashed lines part the stages of the curriculum.</p>"
+        f"where the model learns that (next_span).{f' Dashed lines part the stages: {told}.' if told else ''}</p>"
         f'<div class="charts">{"".join(charts)}</div>'
     )
 
@@ -148,23 +150,23 @@ def _curves(folder: Path) -> str:
 def _charts(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a chart of each loss of a run, and one of its learning rate, over the same steps."""
     series: dict[str, list[tuple[float, float]]] = {}
-    stages: dict[str, float] = {}
     for record in records:
-        if "stage" in record:
-            stages[record["stage"]] = record["step"]
         for key, value in record.items():
             if key.startswith("loss/") and value is not None:
                 series.setdefault(key.removeprefix("loss/"), []).append((record["step"], value))
-    rates = [(record["step"], record["lr"]) for record in records if record.get("lr") is not None]
     if not series:
         return []
-    steps = records[0]["step"], records[-1]["step"]
-    order = {name: place for place, name in enumerate(_SHOWN)}
-    names = sorted(series, key=lambda name: order.get(name, len(order)))
+    steps, stages = (records[0]["step"], records[-1]["step"]), _stages_of(records)
+    names = [name for name in _SHOWN if name in series] + [name for name in series if name not in _SHOWN]
     charts = [line_chart(series[name], name, steps=steps, stages=stages) for name in names]
-    if rates:
+    if rates := [(record["step"], record["lr"]) for record in records if record.get("lr") is not None]:
         charts.append(line_chart(rates, "learning rate", measure="rate", steps=steps, stages=stages, thin=True))
     return charts
+
+
+def _stages_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the stages of a run, each with its last step."""
+    return {record["stage"]: record["step"] for record in records if "stage" in record}
 
 
 def _on_the_way(folder: Path) -> str:

@@ -248,7 +248,8 @@ def test_training_is_shown_per_modality_with_stages_and_learning_rate(tmp_path: 
     page = Page(report(tmp_path, metrics=metrics_of(CELLS), samples={}))
     labels = [str(own["aria-label"]).partition(":")[0] for own in page.all("svg")]
     assert labels == ["text", "video", "next_span", "learning rate"]
-    assert page.text.count("<all>") == page.text.count("pairs") - page.text.count("held-out pairs") == 4
+    assert "Dashed lines part the stages: pairs to step 2, <all> to step 4." in page.text
+    assert page.text.count("<all>") == page.text.count("pairs") - page.text.count("held-out pairs") == 5
 
 
 def test_what_the_model_made_on_the_way_plays(tmp_path: Path) -> None:
