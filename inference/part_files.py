@@ -33,7 +33,7 @@ _WRITTEN = {
 }
 
 
-def read_part(path: Path, model: Model) -> ContentPart:
+def read_part(path: str | Path, model: Model) -> ContentPart:
     """Read a file as a part of a prompt: what the model's tokenizer makes of it, at its rate and size.
 
     The last line break of a text ends its last line, and is left out. A file of another modality than these four is
@@ -43,6 +43,7 @@ def read_part(path: Path, model: Model) -> ContentPart:
         OmniformError: a file that is missing, unreadable, above MAX_BYTES, without contents, or of a kind that the
             model does not take; the message begins with the path.
     """
+    path = Path(path)
     modality = _modality_to_read(path, model)
     tokenizer = model.tokenizers[modality]
     try:
@@ -60,7 +61,7 @@ def read_part(path: Path, model: Model) -> ContentPart:
     return part
 
 
-def write_part(part: ContentPart, path: Path) -> None:
+def write_part(part: ContentPart, path: str | Path) -> None:
     """Write a part in the format that the suffix of `path` names, beside it first and then renamed: whole or not at
     all.
 
@@ -68,6 +69,7 @@ def write_part(part: ContentPart, path: Path) -> None:
         OmniformError: a suffix of another modality, a part that holds nothing or has no form in files, or a path that
             cannot be written.
     """
+    path = Path(path)
     check_suffix(path, part.modality)
     payload = _payload(part, path.suffix.lower())
     draft = path.with_name(f".{path.name}.draft")

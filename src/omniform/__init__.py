@@ -1,8 +1,8 @@
 """Omniform: one decoder transformer for every modality.
 
 The public API is `load`, the `Model` that it returns, the typed parts of prompts and replies with the sounds (`Audio`)
-and moving pictures (`Video`) that they hold, and `outpaint`, which prepares a picture to be continued beyond its edges.
-Everything else may change.
+and moving pictures (`Video`) that they hold, `read_part` and `write_part` for their files, and `outpaint`, which
+prepares a picture to be continued beyond its edges. Everything else may change.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,12 +21,15 @@ __all__ = [
     "VideoPart",
     "load",
     "outpaint",
+    "read_part",
+    "write_part",
 ]
 
 if TYPE_CHECKING:
     from omniform.errors import OmniformError
     from omniform.inference.editing import outpaint
     from omniform.inference.generate import Model, load
+    from omniform.inference.part_files import read_part, write_part
     from omniform.inference.protocol import DataPart, ImagePart, Reply, SpeechPart, TextPart, VideoPart
     from omniform.tokenizers.audio_files import Audio
     from omniform.tokenizers.video_files import Video
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "load": "omniform.inference.generate",
     "outpaint": "omniform.inference.editing",
+    "read_part": "omniform.inference.part_files",
+    "write_part": "omniform.inference.part_files",
     "Model": "omniform.inference.generate",
     "Reply": "omniform.inference.protocol",
     "TextPart": "omniform.inference.protocol",

@@ -99,6 +99,16 @@ def test_other_programs_read_what_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "video.mp4").read_bytes()[4:8] == b"ftyp"
 
 
+def test_the_public_names_read_and_write(four: Model, tmp_path: Path) -> None:
+    assert all(getattr(omniform, name) is not None for name in omniform.__all__)
+    omniform.write_part(PARTS["speech"], str(tmp_path / "a.flac"))
+    [part] = four.generate(omniform.read_part(str(tmp_path / "a.flac"), four), to="video", seed=1).parts
+    omniform.write_part(part, str(tmp_path / "a.gif"))
+    assert isinstance(part, omniform.VideoPart)
+    found = omniform.read_part(tmp_path / "a.gif", four)
+    assert np.array_equal(levels(found), levels(part))
+
+
 def test_sound_and_video_of_any_rate_and_size_prompt_as_their_files_do(four: Model, tmp_path: Path) -> None:
     stereo = np.stack([sine(0.4, 44100), sine(0.4, 44100)], axis=1)
     (tmp_path / "a.wav").write_bytes(stored(stereo, 44100))
