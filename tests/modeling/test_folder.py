@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -92,6 +93,21 @@ def test_what_is_saved_loads_bit_identically_and_saves_to_the_same_bytes(folder:
     files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
     assert all((folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+
+
+def test_experts_are_stored_and_a_folder_that_does_not_name_them_has_none(
+    folder: Path, model_config: ModelConfig, tmp_path: Path
+) -> None:
+    with_experts = replace(model_config, decoder=replace(model_config.decoder, experts="modality"))
+    names = load_model_folder(_save(tmp_path / "experts", with_experts, seed=0)).model.state_dict()
+    assert {f"decoder.blocks.1.feed_forward.experts.{number}.up.weight" for number in range(2)} <= names.keys()
+    record = json.loads((folder / "config.json").read_text())
+    assert record["model"]["decoder"].pop("experts") == "shared"
+    (folder / "config.json").write_text(json.dumps(record))
+    write_manifest(folder)
+    older = load_model_folder(folder).model
+    assert older.config == model_config
+    assert not any("experts" in name for name in older.state_dict())
 
 
 def test_a_flipped_bit_anywhere_is_refused_and_the_file_is_named(folder: Path) -> None:
