@@ -135,7 +135,7 @@ def _part(figure: Mapping[str, Any] | None) -> str:
     if not figure or figure["accuracy"] is None:
         return "-"
     ceiling = figure.get("ceiling")
-    return percent(figure["accuracy"]) + ("" if ceiling is None else f" of {percent(ceiling)}")
+    return f"{percent(figure['accuracy'])}{'' if ceiling is None else f' of {percent(ceiling)}'} ({figure['n']})"
 
 
 def _unscored(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -152,7 +152,8 @@ def _judges(metrics: Mapping[str, Any]) -> str:
         for reason, cells in _unscored(metrics).items()
     ]
     parts += [
-        f"{html.escape(name)} is judged by: {html.escape(str(judge['name']))}"
+        html.escape(f"{name} is judged by: {judge['name']}")
+        + (f"; fitted on {html.escape(str(judge['fitted_on']))}" if judge.get("fitted_on") else "")
         for name, judge in metrics.get("judges", {}).items()
     ]
     return f'<ul class="note">{"".join(f"<li>{part}</li>" for part in parts)}</ul>' if parts else ""
@@ -209,7 +210,7 @@ def _parts(cells: Cells) -> str:
     ]
     return (
         "<h3>Digit and motion</h3>"
-        + table(("", *_PARTS.values()), rows, "Accuracy of ceiling, of each thing that a cell is to say.")
+        + table(("", *_PARTS.values()), rows, "Accuracy of ceiling (how many), of each thing that a cell is to say.")
         + '<p class="note">Held-out pairs are digits with motions that training never shows together; both must be '
         f"right.{second}{''.join(f' {told}.' for told in goes_on)}</p>"
     )

@@ -58,8 +58,8 @@ def test_text_tells_motion_pairs_second_judges_and_documents_where_there_are_any
         "text->speech - - 0 10.0% - - 25.0% (12.5%)",
         "",
         "cell digit motion held-out pairs second judge",
-        "text->video 70.0% of 90.0% 70.0% of 90.0% 70.0% of 90.0% -",
-        "text->speech - - - 70.0% of 90.0%",
+        "text->video 70.0% of 90.0% (9) 70.0% of 90.0% (9) 70.0% of 90.0% (9) -",
+        "text->speech - - - 70.0% of 90.0% (9)",
     ]
     assert lines[-1] == "documents, counting: named 70.0%, drawn 70.0% of 9"
 

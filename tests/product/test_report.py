@@ -161,10 +161,12 @@ def test_page_says_what_the_metrics_say(tmp_path: Path) -> None:
     metrics["cells"]["text->video"] |= {**moving, "copy_rate_held_out": 0.125}
     second = {"name": "the other <one>", **figure(0.717)}
     metrics["cells"]["text->speech"] |= {"second_judge": second, "digit": figure(None, 0)}
+    metrics["judges"] = {"video": {"name": "slope of <ink>", "fitted_on": "train: 9 clips"}, "text": {"name": "words"}}
     page = Page(report(tmp_path, metrics=metrics, samples=samples_of(CELLS)))
+    assert "video is judged by: slope of <ink>; fitted on train: 9 clips" in page.text
     for own in metrics["cells"].values():
         assert f"{100 * own['accuracy']:.1f}%{100 * own['of_ceiling']:.1f}% of ceiling 80.0%95%: " in page.text
-    told = ("71.3% of 80.0%", "69.1% of 80.0%", "25.0% (12.5%)", "71.7% of 80.0%", "the other <one>", "11.1%")
+    told = ("71.3% of 80.0% (40)", "69.1% of 80.0% (8)", "25.0% (12.5%)", "71.7% of 80.0%", "the other <one>", "11.1%")
     for shown in (*told, "100% of 2", "0% of 3", "1 min 11 s", "2.0 GiB"):
         assert shown in page.text
     assert len(page.all("caption")) == len(page.all("table")) - 1  # that of stages follows its heading
