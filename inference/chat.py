@@ -5,7 +5,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -271,13 +271,13 @@ def run_chat(
     screen = Screen(sys.stdout, sys.stderr, os.environ)
     screen.progress(f"loading {folder}")
     chat = Chat(load(folder), screen, to, out_dir, seed)
-    screen.note(f"{folder} reads and writes {', '.join(chat.model.modalities)}. /help lists the commands.")
+    screen.note(f"{folder} reads and writes {', '.join(chat.model.modalities)}.")
     if not (sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())):
         for line in plain_lines(sys.stdin):
             if not chat.handle(line):
                 break
         return 2 if chat.n_errors else 0
-    for line in _what_to_try(chat.model.modalities):
+    for line in _what_to_try(folder, chat.model.modalities):
         screen.note(line)
     completer = ChatCompleter([*chat.model.modalities, ANY], SETTINGS)
     for line in typed_lines(chat.prompt_message, completer, history, screen.note):
@@ -289,13 +289,17 @@ def run_chat(
     return 0
 
 
-def _what_to_try(modalities: tuple[str, ...]) -> list[str]:
-    other = next((name for name in modalities if name != "text"), None)
-    lines = ["Try:", "  a line of text" if "text" in modalities else "  @FILE, a file as the prompt"]
-    if other is not None:
-        lines += [f"  /to {other}, then a line of text: the answer is {other} and is written to a file"]
-        lines += ["  @FILE in a line, to give the model a file"]
-    return [*lines, "Ctrl-C stops a reply, Ctrl-D leaves. What this model knows is in its README.md."]
+def _what_to_try(folder: Path, modalities: Sequence[str]) -> list[str]:
+    other = next((name for name in modalities if name != "text"), "")
+    found = (
+        [("a handwritten seven", f"or whatever it learnt: see {folder / 'README.md'}")] if "text" in modalities else []
+    )
+    if other:
+        found += [(f"/to {other}", f"answers are {other} from now on, and are written to files")]
+        found += [("/again", "another answer to the same prompt"), ("@FILE", "a file as the prompt, or within one")]
+    width = max(len(typed) for typed, _ in found)
+    lines = [f"  {typed:{width}}  {meaning}" for typed, meaning in found]
+    return ["Try:", *lines, "/help lists all commands. Ctrl-C stops a reply, Ctrl-D leaves."]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Where the lines of a chat come from: typed, with editing, history and completion, or read as they are."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -38,7 +39,8 @@ def typed_lines(
         completer=completer,
         complete_while_typing=False,
         key_bindings=_bindings(),
-        output=create_output(always_prefer_tty=True),  # standard output may be a file for the replies
+        # Standard output may be a file for the replies: then standard error is the terminal.
+        output=None if sys.stdout.isatty() else create_output(always_prefer_tty=True),
     )
     warned = False
     while True:

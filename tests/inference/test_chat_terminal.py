@@ -136,7 +136,10 @@ def test_a_terminal_is_shown_pictures_unless_it_cannot_or_should_not(tmp_path: P
             screen.picture(Image.new("L", (2, 2)))
             screen.write("text \x1b[2J")
             screen.line("next")
-            written[str(environ)] = os.read(master, 2**16).decode()
+            seen = b""
+            while not seen.endswith(b"next\r\n"):
+                seen += os.read(master, 2**16)
+            written[str(environ)] = seen.decode()
         os.close(master)
     coloured, plain, dumb = written.values()
     assert "▀" in coloured
