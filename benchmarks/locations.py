@@ -40,9 +40,8 @@ def run(folder: Path = MODEL, world: Path = WORLD) -> dict[str, Any]:
     """Return the figures of both tasks, and `text` that shows them as a table."""
     torch.set_num_threads(1)
     model = load(folder)
-    samples = list(ShardReader(world / "validation-scenes"))
-    find = score_find(model, [sample for sample in samples if sample.metadata["kind"] == "find"])
-    draw = score_draw(model, [sample for sample in samples if sample.metadata["kind"] == "draw"])
+    find = score_find(model, list(ShardReader(world / "validation-find")))
+    draw = score_draw(model, list(ShardReader(world / "validation-draw")))
     rows = [
         ("find", "n", str(find["n"])),
         ("", f"intersection over union >= {IOU_RIGHT}", proportion(find["accuracy"], find["ci95"])),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,10 @@ from omniform.tokenizers.locations import Location, locations_as_json
 SCENE_SIZE = 32
 # Pixels between neighbouring places of a drawing: where one stands is then a matter of whole codes of an image.
 PLACE_STEP = 8
-# Of each kind and asked digit.
-SCENES_PER_DIGIT = {"train": 100, "validation": 20, "test": 20}
-KINDS: tuple[Literal["find", "draw"], ...] = ("find", "draw")
+# Of each asked digit.
+SCENES_PER_DIGIT = {"train": 200, "validation": 20, "test": 20}
+SceneKind = Literal["find", "draw"]
+KINDS: tuple[SceneKind, ...] = get_args(SceneKind)
 
 _STEPS = range(0, SCENE_SIZE - IMAGE_SIZE + 1, PLACE_STEP)
 PLACES = tuple((x, y) for y in _STEPS for x in _STEPS)
@@ -58,6 +59,7 @@ class PlacedDigit:
 
 
 def scene_samples(
+    kind: SceneKind,
     images: UInt8[np.ndarray, "R 16 16"],
     labels: npt.NDArray[np.int64],
     split: str,
@@ -65,42 +67,41 @@ def scene_samples(
     copies: int,
     limit: int | None = None,
 ) -> Iterator[RawSample]:
-    """Yield the scenes of a split, which are a pure function of the arguments.
+    """Yield the scenes of a kind and split, which are a pure function of the arguments.
 
         find   image of two digits, text that asks where one of them is, location: the box of its drawing
         draw   text that asks for a digit, location: a box, image of that digit in that box and of nothing else
 
-    Metadata says of both "kind", "template", and "digit", "row", "copy" and "box" (pixels) of the digit asked for; of
+    Metadata says of both "template", and "digit", "row", "copy" and "box" (pixels) of the digit asked for; of
     "find" also "other": the same of the digit not asked for.
 
     Args:
         copies: of each drawing of this split that there are; see `altered`.
-        limit: at most so many of each kind and digit.
+        limit: at most so many of each digit.
     """
     rows = rows_by_digit(labels, split)
     count = SCENES_PER_DIGIT[split] if limit is None else min(SCENES_PER_DIGIT[split], limit)
-    for kind in KINDS:
-        templates = SCENES[kind][split == "test"]
-        for digit in range(10):
-            for number in range(count):
-                key = (seed, stream("digits/scene"), stream(split), stream(kind), digit, number)
-                bits = [int(word) for word in keyed_bits(*key, np.arange(7))]
-                one, other = PAIRS_OF_PLACES[bits[0] % len(PAIRS_OF_PLACES)]
-                asked = _drawn(rows, digit, bits[1:3], copies, one)
-                template = templates[bits[3] % len(templates)]
-                metadata = {"kind": kind, "template": template, **asked.metadata()}
-                shown = [asked]
-                if kind == "find":
-                    second = (digit + 1 + bits[4] % 9) % 10
-                    shown.append(_drawn(rows, second, bits[5:7], copies, other))
-                    metadata["other"] = shown[1].metadata()
-                picture = draw_scene([altered(images, d.row, d.copy, seed)[0] for d in shown], shown)
-                image = RawSpan("image", payload=png_bytes(picture), extension="png")
-                text = RawSpan("text", text=render(template, digit))
-                box = Location.box(*(edge / SCENE_SIZE for edge in asked.box))
-                location = RawSpan("location", payload=locations_as_json([box]).encode(), extension="json")
-                spans = (image, text, location) if kind == "find" else (text, location, image)
-                yield RawSample(f"{kind}-{digit}-{number:03d}", spans, metadata)
+    templates = SCENES[kind][split == "test"]
+    for digit in range(10):
+        for number in range(count):
+            key = (seed, stream("digits/scene"), stream(split), stream(kind), digit, number)
+            bits = [int(word) for word in keyed_bits(*key, np.arange(7))]
+            one, other = PAIRS_OF_PLACES[bits[0] % len(PAIRS_OF_PLACES)]
+            asked = _drawn(rows, digit, bits[1:3], copies, one)
+            template = templates[bits[3] % len(templates)]
+            metadata = {"template": template, **asked.metadata()}
+            shown = [asked]
+            if kind == "find":
+                second = (digit + 1 + bits[4] % 9) % 10
+                shown.append(_drawn(rows, second, bits[5:7], copies, other))
+                metadata["other"] = shown[1].metadata()
+            picture = draw_scene([altered(images, d.row, d.copy, seed)[0] for d in shown], shown)
+            image = RawSpan("image", payload=png_bytes(picture), extension="png")
+            text = RawSpan("text", text=render(template, digit))
+            box = Location.box(*(edge / SCENE_SIZE for edge in asked.box))
+            location = RawSpan("location", payload=locations_as_json([box]).encode(), extension="json")
+            spans = (image, text, location) if kind == "find" else (text, location, image)
+            yield RawSample(f"{digit}-{number:03d}", spans, metadata)
 
 
 def draw_scene(

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from omniform.data.digit_media import COUNTS, SplitMedia
-from omniform.data.digit_scenes import scene_samples
+from omniform.data.digit_scenes import KINDS, scene_samples
 from omniform.data.handwritten_digits import (
     SPLIT_ROWS,
     WRITER_BLOCKS,
@@ -52,7 +52,8 @@ def build_digits(out: Path, seed: int = 0, copies: int = 16, *, media: bool = Tr
 
         SPLIT                   text, image: a caption and a drawing
         SPLIT-documents         texts and drawings in turns, two to four of each, that count up or name what is shown
-        SPLIT-scenes            image, text, location: two digits, and where one is; text, location, image: one to draw
+        SPLIT-find              image, text, location: two digits, and where one of them is
+        SPLIT-draw              text, location, image: a digit to draw in a box
         SPLIT-text              text, text: two captions of one digit (train and test alone)
         SPLIT-speech            text, speech: a caption and a spoken digit
         SPLIT-video             text, video: a caption that says digit and motion, and a clip
@@ -138,7 +139,9 @@ def _folders(
             yield f"{split}-stories", made.story_samples()
         yield split, _image_samples(images, labels, split, seed, copies)
         yield f"{split}-documents", _document_samples(images, labels, split, seed, copies)
-        yield f"{split}-scenes", scene_samples(images, labels, split, seed, copies if split == "train" else 1, limit)
+        for kind in KINDS:
+            scenes = scene_samples(kind, images, labels, split, seed, copies if split == "train" else 1, limit)
+            yield f"{split}-{kind}", scenes
     # Each test prompt stands once: an answer is right if it names the digit, in whatever words.
     yield "train-text", _text_samples(TRAIN_TEMPLATES, TRAIN_TEMPLATES)
     yield "test-text", _text_samples(TEST_TEMPLATES, TRAIN_TEMPLATES[:1])

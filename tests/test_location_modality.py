@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import omniform
-from omniform.data.digit_scenes import scene_samples
+from omniform.data.digit_scenes import KINDS, scene_samples
 from omniform.data.handwritten_digits import load_digit_images
 from omniform.data.loader import TrainingData
 from omniform.data.mixture import DataConfig, SourceConfig
@@ -37,12 +37,13 @@ BENCH = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "locations
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a scene of each kind and digit."""
+    """Folders with a scene of each kind and digit."""
     folder = tmp_path_factory.mktemp("scenes")
     images, labels = load_digit_images()
-    with ShardWriter(folder) as writer:
-        for sample in scene_samples(images, labels, "validation", 0, 1, limit=1):
-            writer.write(sample)
+    for kind in KINDS:
+        with ShardWriter(folder / kind) as writer:
+            for sample in scene_samples(kind, images, labels, "validation", 0, 1, limit=1):
+                writer.write(sample)
     return folder
 
 
@@ -60,10 +61,11 @@ def model(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     decoder = DecoderConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=32, rope_theta=100.0)
     config = ModelConfig(decoder=decoder, objectives=objectives)
     vocabulary = build_vocabulary(tokenizers)
-    tasks = {"image+text->location": 1.0, "text+location->image": 1.0}
+    tasks = {"find": "image+text->location", "draw": "text+location->image"}
+    sources = tuple(SourceConfig(path=scenes / kind, tasks={task: 1.0}) for kind, task in tasks.items())
     folder = tmp_path_factory.mktemp("model")
     data = TrainingData(
-        DataConfig(sources=(SourceConfig(path=scenes, tasks=tasks),), row_length=128),
+        DataConfig(sources=sources, row_length=128),
         tokenizers,
         vocabulary,
         objectives,
@@ -107,9 +109,8 @@ def test_locations_are_read_from_and_written_to_files(model: Model, tmp_path: Pa
 
 
 def test_figures_of_a_model_that_knows_nothing_are_near_chance(model: Model, scenes: Path) -> None:
-    samples = list(ShardReader(scenes))
-    find = BENCH["score_find"](model, [sample for sample in samples if sample.metadata["kind"] == "find"])
-    draw = BENCH["score_draw"](model, [sample for sample in samples if sample.metadata["kind"] == "draw"])
+    find = BENCH["score_find"](model, list(ShardReader(scenes / "find")))
+    draw = BENCH["score_draw"](model, list(ShardReader(scenes / "draw")))
     assert find["n"] == draw["n"] == 10
     assert max(find["accuracy"], find["chance"]) < 0.5
     assert draw["real"] > 0.8

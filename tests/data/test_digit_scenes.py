@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from omniform.data.digit_scenes import PLACES, scene_samples
+from omniform.data.digit_scenes import KINDS, PLACES, SceneKind, scene_samples
 from omniform.data.handwritten_digits import SPLIT_ROWS, altered, load_digit_images
 from omniform.data.shards import ShardReader
 from omniform.data.templates import SCENES, WORDS, render
@@ -19,14 +19,14 @@ SPLITS = ("train", "validation", "test")
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_scenes_show_the_drawings_of_their_split_where_they_say(world: Path, split: str) -> None:
+@pytest.mark.parametrize("kind", SCENES)
+def test_scenes_show_the_drawings_of_their_split_where_they_say(world: Path, kind: str, split: str) -> None:
     images, labels = load_digit_images()
-    samples = list(ShardReader(world / f"{split}-scenes"))
-    kinds = Counter((sample.metadata["kind"], sample.metadata["digit"]) for sample in samples)
-    assert kinds == dict.fromkeys(((kind, digit) for kind in SCENES for digit in range(10)), LIMIT)
+    samples = list(ShardReader(world / f"{split}-{kind}"))
+    assert Counter(sample.metadata["digit"] for sample in samples) == dict.fromkeys(range(10), LIMIT)
     for sample in samples:
         said = sample.metadata
-        shown = [said, said["other"]] if said["kind"] == "find" else [said]
+        shown = [said, said["other"]] if kind == "find" else [said]
         expected = np.zeros((32, 32), np.uint8)
         for one in shown:
             assert one["row"] in SPLIT_ROWS[split]
@@ -39,12 +39,12 @@ def test_scenes_show_the_drawings_of_their_split_where_they_say(world: Path, spl
             expected[y0:y1, x0:x1] = altered(images, one["row"], one["copy"], SEED)[0]
         assert len({one["digit"] for one in shown}) == len(shown)
         spans = {span.modality: span for span in sample.spans}
-        order = ["image", "text", "location"] if said["kind"] == "find" else ["text", "location", "image"]
+        order = ["image", "text", "location"] if kind == "find" else ["text", "location", "image"]
         assert [span.modality for span in sample.spans] == order
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(spans["image"].payload or b""))), expected)
         assert json.loads(spans["location"].payload or b"") == [{"box": [edge / 32 for edge in said["box"]]}]
         assert spans["text"].text == render(said["template"], said["digit"])
-        assert said["template"] in SCENES[said["kind"]][split == "test"]
+        assert said["template"] in SCENES[kind][split == "test"]
 
 
 @pytest.mark.parametrize("kind", SCENES)
@@ -61,9 +61,10 @@ def test_wordings_name_one_digit_and_those_of_test_are_other_ones_of_known_words
     assert used <= known
 
 
-def test_scenes_are_a_function_of_their_arguments() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_scenes_are_a_function_of_their_arguments(kind: SceneKind) -> None:
     images, labels = load_digit_images()
-    scenes = [list(scene_samples(images, labels, "validation", seed, 1, limit=1)) for seed in (0, 0, 1)]
+    scenes = [list(scene_samples(kind, images, labels, "validation", seed, 1, limit=1)) for seed in (0, 0, 1)]
     assert scenes[0] == scenes[1]
     assert [sample.key for sample in scenes[0]] == [sample.key for sample in scenes[2]]
     assert not {sample.spans for sample in scenes[0]} & {sample.spans for sample in scenes[2]}
