@@ -19,7 +19,6 @@ DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 MOTIONS = ("still", "left", "right", "up", "down")
 NO_ANSWER = -1  # of a judge that may find none
 _DIGIT_OF = {name: digit for digit, word in enumerate(DIGIT_WORDS) for name in (word, str(digit))}
-_CHUNK = 1024  # rows of one distance matrix, which bounds memory
 JUDGED_SIZE = 16  # pixels per side
 
 
@@ -81,32 +80,10 @@ def digit_of_text(text: str) -> int | None:
     return named.pop() if len(named) == 1 else None
 
 
-def copy_rate(
-    items: Float[np.ndarray, "N *S"],
-    train: Float[np.ndarray, "T *S"],
-    originals: Float[np.ndarray, "R *S"] | None = None,
-) -> float:
-    """Return the fraction of items that are copies of a train item.
-
-    A copy is nearer to its nearest train item than 95% of the originals are to their nearest other one (Euclidean
-    distance). All must have been through the same tokenizer, or its loss alone keeps them apart.
-
-    Args:
-        train: everything that training showed.
-        originals: those of `train` that were not made from others of it, which would be nearer to each other than any
-            two originals are; all of `train` unless given.
-
-    Raises:
-        OmniformError: no items, no train items, or fewer than two originals.
-    """
-    originals = train if originals is None else originals
-    if len(items) == 0 or len(train) == 0 or len(originals) < 2:
-        raise OmniformError(
-            f"a copy rate of {len(items)} items against {len(train)} train items, {len(originals)} of them originals: "
-            "expected at least 1, 2 and 2"
-        )
-    bound = np.percentile(_nearest_distances(originals, originals, itself=True), 5)
-    return float((_nearest_distances(items, train) < bound).mean())
+def motion_of_text(text: str) -> str | None:
+    """Return the one of MOTIONS that a text names, as in "moving left"; None where it names none or several."""
+    named = set(re.findall(r"[a-z]+", text.lower())) & set(MOTIONS)
+    return named.pop() if len(named) == 1 else None
 
 
 def wilson_interval(n_right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -139,19 +116,3 @@ def difference_interval(n_right: int, n: int, other_right: int, other_n: int) ->
 
 def _features(images: Float[np.ndarray, "N H W"]) -> Float[np.ndarray, "N F"]:
     return (at_judged_size(np.asarray(images, dtype=np.float64)).reshape(len(images), -1) + 1) / 2
-
-
-def _nearest_distances(
-    items: Float[np.ndarray, "N *S"], train: Float[np.ndarray, "T *S"], *, itself: bool = False
-) -> Float[np.ndarray, "N"]:
-    """Return each item's distance to the nearest train item; `itself`: items are the train items, and none counts
-    as its own neighbour."""
-    rows, columns = (np.asarray(a, dtype=np.float64).reshape(len(a), -1) for a in (items, train))
-    nearest = []
-    for first in range(0, len(rows), _CHUNK):
-        chunk = rows[first : first + _CHUNK]
-        squares = (chunk**2).sum(1)[:, None] + (columns**2).sum(1) - 2 * chunk @ columns.T  # (chunk, T)
-        if itself:
-            squares[np.arange(len(chunk)), first + np.arange(len(chunk))] = np.inf
-        nearest.append(np.sqrt(squares.min(1).clip(0)))
-    return np.concatenate(nearest)

@@ -1,5 +1,6 @@
 """The judge of video: which digit moves, and which way. Fitted on real train pictures, never on video."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,6 +71,13 @@ class VideoJudge:
         if not cuts:
             return NO_ANSWER
         return int(Counter(self.digits.predict(np.stack(cuts)).tolist()).most_common(1)[0][0])
+
+
+def gap(video: Float[Tensor, "C T H W"], following: Float[Tensor, "C T H W"]) -> float:
+    """Return the pixels between the ink of the last frame of a video and that of the first frame of another; infinite
+    where one of these frames has none."""
+    ends = [_centroid(np.asarray(frame, dtype=np.float64).mean(axis=0)) for frame in (video[:, -1], following[:, 0])]
+    return math.inf if ends[0] is None or ends[1] is None else float(np.linalg.norm(ends[0] - ends[1]))
 
 
 def _motion(path: dict[int, Float[np.ndarray, "2"]], n_frames: int) -> int:

@@ -253,16 +253,33 @@ def evaluate(
     suite: Annotated[Literal["any-to-any"], typer.Option(help="What to measure.")] = "any-to-any",
     split: Annotated[Literal["validation", "test"], typer.Option(help="Held-out items to prompt with.")] = "test",
     out: Annotated[Path | None, typer.Option(help="Write metrics.json here, and samples.json beside it.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many items per cell.")] = None,
+    cells: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE->TARGET", help="Score this cell alone; repeat it for several. (default: all)"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only so many items per cell. (default: all, of speech 100)")
+    ] = None,
+    second_judge: Annotated[
+        bool | None,
+        typer.Option(
+            "--second-judge/--no-second-judge", help="Let Whisper hear some speech too. (default: where installed)"
+        ),
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Score every direction that the model was trained for, with judges that it never trained with."""
+    """Score what a model makes of each modality from each other, with judges that it never trained with.
+
+    omniform eval runs/demo/model --cells "speech->video" --cells "video->text"
+    """
     from omniform.cell_report import cells_as_text
     from omniform.inference.evaluation import evaluate_any_to_any
     from omniform.inference.generate import load
 
-    metrics = evaluate_any_to_any(load(model), data, split=split, seed=seed, limit=limit, out=out)
+    metrics = evaluate_any_to_any(
+        load(model), data, split=split, cells=cells, seed=seed, limit=limit, second_judge=second_judge, out=out
+    )
     if as_json:
         print_json(metrics)
     else:

@@ -1,4 +1,4 @@
-"""The any-to-any suite: figures known in advance for models that know everything, and one that knows nothing."""
+"""The any-to-any suite on real items: what it must say of replies whose figures are known in advance."""
 
 import base64
 import io
@@ -16,41 +16,62 @@ from omniform.data.digits import build_digits
 from omniform.data.schema import RawSample, RawSpan
 from omniform.data.shards import ShardReader, ShardWriter
 from omniform.errors import OmniformError
-from omniform.inference.evaluation import CELLS, evaluate_any_to_any
+from omniform.inference.evaluation import evaluate_any_to_any
+from omniform.inference.evaluation_items import CELLS, World
 from omniform.inference.generate import Model
 from omniform.inference.judges import digit_of_text
-from omniform.inference.protocol import ContentPart, ImagePart, Reply, TextPart
+from omniform.inference.protocol import ContentPart, DataPart, Reply, TextPart
 from omniform.modeling.config import DecoderConfig, ModelConfig
 from omniform.modeling.folder import LoadedModel, build_vocabulary
 from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
+from omniform.tokenizers.audio_files import read_audio
 from omniform.tokenizers.base import Modality
+from omniform.tokenizers.codecs.fsq import FSQConfig
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from omniform.tokenizers.speech import SpeechTokenizer, SpeechTokenizerConfig
 from omniform.tokenizers.text import SentencePieceTokenizer
+from omniform.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
+from omniform.tokenizers.video_files import read_video
 
 Answer = Callable[[ContentPart, str], ContentPart]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real digits, each train image once."""
-    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1, media=False)
+    """Real digits in four modalities, each train image once and few of everything else."""
+    return build_digits(tmp_path_factory.mktemp("world") / "digits", copies=1, limit=1)
+
+
+def loaded_model(names: Sequence[str]) -> LoadedModel:
+    """Random weights, and tokenizers of the right sizes with random weights."""
+    torch.manual_seed(0)
+    image = ImageTokenizerConfig(widths=(8, 16))
+    speech = SpeechTokenizerConfig(width=8, n_blocks=1, frame_samples=1280, quantizer=FSQConfig(levels=(3, 3)))
+    video = VideoTokenizerConfig(patch_size=16, widths=(8,), time_strides=(), quantizer=FSQConfig(levels=(3, 5)))
+    every: dict[str, Modality] = {
+        "text": SentencePieceTokenizer.train(["the digit eight\n"] * 9, vocab_size=270),
+        "image": ImageTokenizer(image, image.build()),
+        "speech": SpeechTokenizer(speech, speech.build()),
+        "video": VideoTokenizer(video, video.build()),
+    }
+    tokenizers = {name: every[name] for name in names}
+    objectives = {
+        "text": NextToken(),
+        "image": Masked(steps=2),
+        "speech": NextToken(),
+        "video": Masked(steps=2),
+    }
+    decoder = DecoderConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=16)
+    config = ModelConfig(decoder=decoder, objectives={name: objectives[name] for name in names})
+    free = {name: {"max_new_tokens": 8} for name in names if name in ("text", "speech")}
+    return LoadedModel(UnifiedModel(config, build_vocabulary(tokenizers)), tokenizers, {"modalities": free})
 
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
-    """Random weights with tokenizers of the right sizes."""
-    torch.manual_seed(0)
-    codec = ImageTokenizerConfig(widths=(8, 16))
-    tokenizers: dict[str, Modality] = {
-        "text": SentencePieceTokenizer.train(["the digit eight\n"] * 9, vocab_size=270),
-        "image": ImageTokenizer(codec, codec.build()),
-    }
-    decoder = DecoderConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=16)
-    config = ModelConfig(decoder=decoder, objectives={"text": NextToken(), "image": Masked(steps=2)})
-    defaults = {"modalities": {"text": {"max_new_tokens": 8}}}
-    return LoadedModel(UnifiedModel(config, build_vocabulary(tokenizers)), tokenizers, defaults)
+    return loaded_model(("text", "image", "speech", "video"))
 
 
 class Answering(Model):
@@ -66,41 +87,87 @@ class Answering(Model):
         return [Reply((self.answer(prompt, to),), seed) for prompt in prompts]
 
 
-def reader_of_everything(loaded: LoadedModel, world: Path) -> Answer:
-    """Name every real image's digit, and draw a train image, as the tokenizer shows it, for every digit named."""
-    tokenizer: Any = loaded.tokenizers["image"]
-    digit_of_pixels: dict[bytes, int] = {}
-    drawings: dict[int, Image.Image] = {}
-    for split in ("train", "test"):
-        for sample in ShardReader(world / split):
-            item = tokenizer.read(sample.spans[1].payload)
-            digit = sample.metadata["digit"]
-            digit_of_pixels[item.numpy().tobytes()] = digit
-            if split == "train" and digit not in drawings:
-                drawings[digit] = tokenizer.to_pil(tokenizer.decode(tokenizer.encode(item)))
+class Knowing(Model):
+    """Replies with the real held-out item that belongs to each prompt."""
 
-    def answer(prompt: ContentPart, to: str) -> ContentPart:
-        if isinstance(prompt, TextPart):
-            digit = digit_of_text(prompt.text)
-            assert digit is not None
+    def __init__(self, loaded: LoadedModel, world: World) -> None:
+        super().__init__(loaded)
+        self.world = world
+
+    def generate_batch(  # type: ignore[override]
+        self, prompts: Sequence[Any], to: str, *, seed: int = 0, **keywords: Any
+    ) -> list[Reply]:
+        targets = self.world.cell(f"{prompts[0].modality}->{to}", None).targets
+        parts = [TextPart(item) if to == "text" else DataPart(to, item) for item in targets]
+        return [Reply((part,), seed) for part in parts]
+
+
+@pytest.fixture(scope="module")
+def known(loaded: LoadedModel, world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Any]:
+    """What the suite says of real held-out items as replies, and the samples."""
+    out = tmp_path_factory.mktemp("known") / "metrics.json"
+    model = Knowing(loaded, World(loaded.tokenizers, world, "test"))
+    metrics = evaluate_any_to_any(model, world, second_judge=False, out=out)
+    assert json.loads(out.read_text()) == metrics
+    return metrics, json.loads(out.with_name("samples.json").read_text())
+
+
+def test_real_items_as_replies_reach_exactly_the_ceiling(known: tuple[dict[str, Any], Any]) -> None:
+    metrics, _ = known
+    assert list(metrics["cells"]) == list(CELLS)
+    assert metrics["missing"] == []
+    for name, cell in metrics["cells"].items():
+        source, _, target = name.partition("->")
+        if target == "text":
+            assert cell["accuracy"] == 1  # captions name what they name; the judge of the source is the ceiling
         else:
-            digit = digit_of_pixels[prompt.data.numpy().tobytes()]
-        return ImagePart(drawings[digit]) if to == "image" else TextPart(f"this is the number {digit}")
+            assert cell["accuracy"] == cell["ceiling"] > 0.6
+            assert cell["of_ceiling"] == 1
+            assert cell["copy_rate"] is not None
+        assert (cell["copy_of_source_rate"] is not None) == (source == target and target in ("image", "speech"))
+        assert cell["ci95"][0] <= cell["accuracy"] <= cell["ci95"][1] + 1e-12
+    assert metrics["cells"]["text->text"]["ceiling"] == 1
+    assert metrics["cells"]["video->video"]["continues"] == metrics["cells"]["video->video"]["continues_real"] == 1
 
-    return answer
+
+def test_right_answers_to_other_items_are_right_by_chance(known: tuple[dict[str, Any], Any]) -> None:
+    for name, cell in known[0]["cells"].items():
+        assert cell["controls"]["shuffled"]["n"] == cell["n"]
+        assert cell["controls"]["shuffled"]["accuracy"] < cell["chance"] + 0.02, name
+        assert cell["controls"]["noise"]["accuracy"] < cell["chance"] + 0.05, name
 
 
-def test_knowing_everything_scores_one_and_copies_are_found(loaded: LoadedModel, world: Path) -> None:
-    metrics = evaluate_any_to_any(Answering(loaded, reader_of_everything(loaded, world)), world)
-    cells = metrics["cells"]
-    assert list(cells) == list(CELLS)
-    assert {name: cells[name]["n"] for name in CELLS} == {"text->image": 252, "image->text": 252, "text->text": 30}
-    assert cells["image->text"]["accuracy"] == cells["text->text"]["accuracy"] == 1
-    assert cells["text->text"]["ceiling"] == 1
-    assert 0.9 < cells["image->text"]["ceiling"] < 1
-    assert cells["text->image"]["ceiling"] == cells["image->text"]["ceiling"]
-    assert cells["text->image"]["copy_rate"] == 1
-    assert cells["image->text"]["copy_rate"] is None
+def test_cells_that_say_a_motion_are_scored_by_it(known: tuple[dict[str, Any], Any]) -> None:
+    moving = {"text->video", "video->text", "speech->video", "video->speech", "video->video"}
+    for name, cell in known[0]["cells"].items():
+        assert (cell["motion"] is not None) == (cell["held_out_pairs"] is not None) == (name in moving)
+        assert cell["chance"] == pytest.approx(0.02 if name in moving else 0.1)
+        if name in moving:
+            assert cell["accuracy"] <= min(cell["digit"]["accuracy"], cell["motion"]["accuracy"])
+            assert cell["held_out_pairs"]["n"] == 5
+
+
+def test_samples_can_be_looked_at_and_listened_to(known: tuple[dict[str, Any], Any]) -> None:
+    metrics, samples = known
+    assert list(samples) == list(CELLS)
+    for name, entries in samples.items():
+        source, _, target = name.partition("->")
+        for entry in entries[:2]:
+            for side, modality in ((entry["prompt"], source), (entry["reply"], target)):
+                assert list(side) == [modality]
+                if modality == "text":
+                    assert digit_of_text(side["text"]) == entry["expected"]["digit"]
+                    continue
+                file = base64.b64decode(side[modality].partition(";base64,")[2])
+                if modality == "image":
+                    assert Image.open(io.BytesIO(file)).size == (16, 16)
+                elif modality == "speech":
+                    assert len(read_audio(file, 16_000)) > 1000
+                else:
+                    assert read_video(file, fps=None, max_frames=64).frames.shape[:3] == (9, 32, 32)
+        shown = sum(entry["right"] for entry in entries)
+        if metrics["cells"][name]["n"] == len(entries):
+            assert metrics["cells"][name]["accuracy"] == pytest.approx(shown / len(entries))
 
 
 def test_one_answer_for_everything_scores_chance(loaded: LoadedModel, world: Path) -> None:
@@ -110,7 +177,7 @@ def test_one_answer_for_everything_scores_chance(loaded: LoadedModel, world: Pat
     assert cell["accuracy"] == pytest.approx((digits == 2).mean())
     assert cell["macro_accuracy"] == pytest.approx(cell["chance"]) == pytest.approx(0.1)
     assert cell["per_class"]["2"] == {"accuracy": 1.0, "n": int((digits == 2).sum())}
-    assert cell["ci95"][0] < cell["accuracy"] < cell["ci95"][1]
+    assert 0.9 < cell["ceiling"] < 1
 
 
 def test_naming_no_digit_is_wrong(loaded: LoadedModel, world: Path) -> None:
@@ -118,35 +185,59 @@ def test_naming_no_digit_is_wrong(loaded: LoadedModel, world: Path) -> None:
     assert metrics["cells"]["text->text"]["accuracy"] == 0
 
 
-def test_figures_repeat_and_files_hold_them(loaded: LoadedModel, world: Path, tmp_path: Path) -> None:
+def test_train_items_as_replies_are_found_to_be_copies(loaded: LoadedModel, world: Path) -> None:
+    train = World(loaded.tokenizers, world, "train")
+    cells = ("text->image", "text->speech", "text->video")
+    for cell, folder in zip(cells, ("train", "train-speech", "train-video"), strict=True):
+        target = cell.partition("->")[2]
+        item = train.read(folder, target, (0,))[0]
+        shown = loaded.tokenizers[target].decode(loaded.tokenizers[target].encode(item))
+        model = Answering(loaded, lambda _prompt, to, shown=shown: DataPart(to, shown))
+        scored = evaluate_any_to_any(model, world, cells=[cell], limit=10, second_judge=False)["cells"][cell]
+        assert scored["copy_rate"] == 1
+        assert scored["copy_rate_held_out"] < 0.5
+
+
+@pytest.mark.parametrize("cell", ["image->image", "speech->speech"])
+def test_a_copy_of_its_source_is_no_answer(loaded: LoadedModel, world: Path, cell: str) -> None:
+    def repeat(prompt: ContentPart, to: str) -> ContentPart:
+        tokenizer = loaded.tokenizers[to]
+        return DataPart(to, tokenizer.decode(tokenizer.encode(prompt.data)))
+
+    metrics = evaluate_any_to_any(Answering(loaded, repeat), world, cells=[cell], limit=4, second_judge=False)
+    assert metrics["cells"][cell]["copy_of_source_rate"] == 1
+    assert metrics["cells"][cell]["accuracy"] == 0
+
+
+def test_figures_repeat_and_are_those_of_the_samples(loaded: LoadedModel, world: Path, tmp_path: Path) -> None:
     model, out = Model(loaded), tmp_path / "metrics.json"
-    metrics = evaluate_any_to_any(model, world, split="validation", cells=CELLS[:2], limit=12, out=out)
-    assert json.loads(out.read_text()) == metrics
-    assert evaluate_any_to_any(model, world, split="validation", cells=CELLS[:2], limit=12) == metrics
-    samples = json.loads((tmp_path / "samples.json").read_text())
-    assert {name: len(entries) for name, entries in samples.items()} == {"text->image": 12, "image->text": 12}
-    for entry in samples["text->image"]:
-        assert digit_of_text(entry["prompt"]["text"]) == entry["digit"]
-        png = base64.b64decode(entry["reply"]["image"].removeprefix("data:image/png;base64,"))
-        assert Image.open(io.BytesIO(png)).size == (16, 16)
-    right = [entry["judged"] == entry["digit"] for entry in samples["text->image"]]
-    assert metrics["cells"]["text->image"]["accuracy"] == pytest.approx(sum(right) / 12)
+    keywords: dict[str, Any] = {"split": "validation", "limit": 6, "cells": ["text->image", "speech->text"]}
+    metrics = evaluate_any_to_any(model, world, **keywords, out=out)
+    assert evaluate_any_to_any(model, world, **keywords) == metrics
+    assert {cell["n"] for cell in metrics["cells"].values()} == {6}
+    for name, entries in json.loads((tmp_path / "samples.json").read_text()).items():
+        assert metrics["cells"][name]["accuracy"] == pytest.approx(sum(entry["right"] for entry in entries) / 6)
 
 
-def test_every_held_out_split_can_be_scored(loaded: LoadedModel, world: Path) -> None:
-    metrics = evaluate_any_to_any(Model(loaded), world, split="validation", limit=12)
-    assert list(metrics["cells"]) == ["text->image", "image->text"]  # there are no text pairs to hold out
+def test_what_a_model_has_not_is_named_and_the_rest_is_scored(world: Path) -> None:
+    model = Model(loaded_model(("text", "image")))
+    metrics = evaluate_any_to_any(model, world, limit=2)
+    assert list(metrics["cells"]) == ["text->text", "text->image", "image->text", "image->image"]
+    assert World(model.tokenizers, world, "validation").why_not("text->text") == "the world has no validation-text"
+    reasons = {entry["cell"]: entry["reason"] for entry in metrics["missing"]}
+    assert {*metrics["cells"], *reasons} == set(CELLS)
+    assert reasons["text->speech"] == "the model has no speech"
+    assert reasons["speech->video"] == "the model has no speech and no video"
+    with pytest.raises(OmniformError, match="text->speech: the model has no speech"):
+        evaluate_any_to_any(model, world, cells=["text->speech"])
 
 
-def test_a_model_or_data_that_the_suite_cannot_score_is_refused(
-    loaded: LoadedModel, world: Path, tmp_path: Path
-) -> None:
-    text = {"text": loaded.tokenizers["text"]}
-    config = ModelConfig(decoder=loaded.model.config.decoder, objectives={"text": NextToken()})
-    reader = Model(LoadedModel(UnifiedModel(config, build_vocabulary(text)), text, {}))
-    with pytest.raises(OmniformError, match="scores text and images"):
-        evaluate_any_to_any(reader, world)
+def test_data_that_the_suite_cannot_score_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "train") as writer:
+        writer.write(RawSample("0", (RawSpan("text", text="seven"),)))
+    with pytest.raises(OmniformError, match="text->image: the world has no test;"):
+        evaluate_any_to_any(Model(loaded), tmp_path)
+    with ShardWriter(tmp_path / "test-text") as writer:
         writer.write(RawSample("0", (RawSpan("text", text="seven"),)))
     with pytest.raises(OmniformError, match="sample 0 says no digit to score by"):
         evaluate_any_to_any(Model(loaded), tmp_path)
@@ -162,7 +253,7 @@ def test_settings_of_a_target_are_passed_on(loaded: LoadedModel, world: Path) ->
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"cells": ["text->smell"]}, "unknown cells text->smell, expected some of text->image"),
+        ({"cells": ["text->smell"]}, "unknown cells text->smell, expected some of text->text, text->image"),
         ({"split": "train"}, "split is 'train', expected a held-out one"),
         ({"data_dir": Path("nowhere"), "out": Path(".")}, r"out is the folder \., expected a file"),
         ({"data_dir": Path("nowhere")}, "nowhere/train holds no .tar shards"),
