@@ -43,6 +43,8 @@ class OptimConfig(ScheduleConfig):
     """AdamW (arXiv:1711.05101), its learning rate over all steps, and the average of the weights.
 
     Attributes:
+        kind: "adamw", or "muon": the weights of linear layers follow Muon (see `AveragingMuon`), all others AdamW.
+        momentum: of Muon.
         weight_decay: applied to parameters of two or more axes only.
         clip_grad_norm: L2 norm over all parameters to which gradients are clipped; null clips nothing.
         ema_decay: decay per step of the exponential moving average of the weights, which starts as a copy of them,
@@ -50,6 +52,8 @@ class OptimConfig(ScheduleConfig):
         skip_limit: steps in a row with a gradient that is not finite after which training stops.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -148,6 +152,11 @@ class FitConfig:
 
     @model_validator(mode="after")
     def _check_steps(self) -> "FitConfig":
+        if self.optim.kind == "muon" and self.engine.zero_stage:
+            raise ValueError(
+                f"optim.kind is muon at engine.zero_stage {self.engine.zero_stage}, where no rank holds whole "
+                "matrices: choose engine.zero_stage 0, or optim.kind adamw"
+            )
         _check_warmup("optim", self.optim, "steps", self.steps)
         names = [stage.name for stage in self.stages]
         for place, stage in enumerate(self.stages):

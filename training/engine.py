@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from omniform.errors import OmniformError
 from omniform.training.config import FitConfig
-from omniform.training.optim import AveragingAdamW
+from omniform.training.optim import OPTIMIZERS
 
 WEIGHTS = "weights"
 _EXPECTED_NOTICES = ("You are using ZeRO with an untested optimizer", "OVERFLOW! Skipping step")
@@ -54,7 +54,7 @@ class Engine:
         self._module, self._optim = module, config.optim
         self._names = dict(module.named_parameters())
         self._shapes = {name: tuple(p.shape) for name, p in self._names.items()}
-        self._optimizer = AveragingAdamW(module, config.optim)
+        self._optimizer = OPTIMIZERS[config.optim.kind](module, config.optim)
         self._deepspeed, *_ = deepspeed.initialize(
             model=_Autocast(module, self.device.type, enabled=self.precision != "fp32"),
             optimizer=self._optimizer,

@@ -1,4 +1,4 @@
-"""AdamW that also keeps the average of the weights, its parameter groups, and the learning rate over the steps."""
+"""AdamW and Muon that also keep the average of the weights, their parameter groups, and the learning rate."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -95,9 +95,65 @@ class AveragingAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, and its average."""
         super().step(closure)
+        self._average()
+
+    def _average(self) -> None:
         if self.ema_decay is None:
             return
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self.state[p][EMA].lerp_(p, 1 - self.ema_decay)
+
+
+class AveragingMuon(AveragingAdamW):
+    """Muon (K. Jordan et al., 2024, kellerjordan.github.io/posts/muon) for the weights of linear layers, else AdamW.
+
+    An update of a matrix is its momentum, made nearly orthogonal by Newton-Schulz steps, and scaled to the size of
+    AdamW's updates (arXiv:2502.16982), so that both follow one learning rate. torch's own Muon computes it.
+
+    It needs whole matrices, as they are at ZeRO stage 0 alone. The momentum is kept as `exp_avg`, so that checkpoints
+    look like AdamW's; `exp_avg_sq` of a matrix stays zero.
+    """
+
+    def __init__(self, module: nn.Module, config: OptimConfig) -> None:
+        super().__init__(module, config)
+        layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
+        self._matrices = [layer.weight for layer in layers if layer.weight.requires_grad]
+        self._muon = torch.optim.Muon(
+            self._matrices,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            eps=config.eps,
+            adjust_lr_fn="match_rms_adamw",
+        )
+
+    def initialise_state(self, parameters: Iterable[Tensor]) -> None:
+        """Create the state of `parameters` before the first step; Muon's momentum is the `exp_avg` of its matrices."""
+        super().initialise_state(parameters)
+        for p in self._matrices:
+            self._muon.state[p]["momentum_buffer"] = self.state[p]["exp_avg"]
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group."""
+        super().set_lr(lr)
+        for group in self._muon.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, and its average."""
+        self._muon.step()
+        gradients = [p.grad for p in self._matrices]
+        for p, gradient in zip(self._matrices, gradients, strict=True):
+            p.grad = None  # what is done is not AdamW's
+            if gradient is not None:
+                self.state[p]["step"] += 1
+        torch.optim.AdamW.step(self, closure)
+        for p, gradient in zip(self._matrices, gradients, strict=True):
+            p.grad = gradient
+        self._average()
+
+
+OPTIMIZERS = {"adamw": AveragingAdamW, "muon": AveragingMuon}
