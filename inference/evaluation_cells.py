@@ -22,7 +22,7 @@ from omniform.inference.video_judge import gap
 from omniform.inference.whisper_judge import whisper_is_installed
 
 # Items of a cell unless the caller limits them: judges of speech are slow, the second by far.
-SPEECH_LIMIT, SECOND_JUDGE_LIMIT = 100, 30
+SPEECH_LIMIT, SECOND_JUDGE_LIMIT = 100, 20
 N_SHOWN, N_NOISE = 40, 40
 # Pixels between where a video ends and where the one that goes on from it begins; the fastest digits move so far in a
 # frame.

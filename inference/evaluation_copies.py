@@ -19,8 +19,8 @@ from omniform.inference.speech_judge import SAMPLE_RATE
 # pictures are; of the others a part, since each must be read and go through its tokenizer.
 _TRAIN: dict[str, tuple[str, int | None]] = {
     "image": ("train", None),
-    "speech": ("train-speech", 300),
-    "phrase": ("train-moving-concepts", 300),
+    "speech": ("train-speech", 200),
+    "phrase": ("train-moving-concepts", 200),
     "video": ("train-video", 600),
     "continued": ("train-continued", 600),
 }

@@ -130,7 +130,7 @@ def test_tiny_demo_goes_all_the_way_and_what_it_suggests_works(tmp_path: Path, m
     assert first.returncode == 0, first.stderr
     metrics = json.loads((demo / "metrics.json").read_text())
     assert metrics["suite"] == "any-to-any"
-    assert set(metrics["cells"]) == {"text->image", "image->text", "text->text"}
+    assert set(metrics["cells"]) == {"text->text", "text->image", "image->text", "image->image"}
     report = (demo / "report.html").read_text()
     assert "learnt nothing" in report
     for modality in MODALITIES:
