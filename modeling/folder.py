@@ -11,6 +11,7 @@ manifest.sha256          digest of every file above
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -69,6 +70,22 @@ def build_vocabulary(tokenizers: Mapping[str, Modality]) -> Vocabulary:
         raise ModelFolderError(f"tokenizers are {[*tokenizers]}, expected one of text among them")
     text_size = sizes.pop("text").vocab_size
     return Vocabulary(text_size, sizes, [name for name in sizes if tokenizers[name].fixed_grid is None])
+
+
+def check_place_embeddings(config: ModelConfig, tokenizers: Mapping[str, Modality]) -> None:
+    """Refuse learnt places for spans of free length, or of other lengths than those of the tokenizers.
+
+    Raises:
+        ModelFolderError: the first such modality.
+    """
+    for name, size in config.place_embeddings.items():
+        grid = tokenizers[name].fixed_grid
+        if grid is None or math.prod(grid) != size:
+            length = "spans of free length" if grid is None else f"{math.prod(grid)} tokens"
+            advice = "leave it out" if grid is None else f"give {math.prod(grid)}"
+            raise ModelFolderError(
+                f"model.place_embeddings.{name} is {size}, but its tokenizer makes {length}: {advice}"
+            )
 
 
 def save_model_folder(
@@ -159,6 +176,7 @@ def load_model_folder(folder: Path) -> LoadedModel:
             )
     with torch.device("meta"):
         model = UnifiedModel(config, vocabulary)
+    check_place_embeddings(config, tokenizers)
     try:
         weights = load_file(folder / "model.safetensors")
         model.load_state_dict(weights, strict=True, assign=True)

@@ -13,7 +13,7 @@ from omniform.data.loader import TrainingData
 from omniform.data.token_source import count_samples
 from omniform.errors import OmniformError
 from omniform.modeling.config import parse_config
-from omniform.modeling.folder import LoadedModel, build_vocabulary
+from omniform.modeling.folder import LoadedModel, build_vocabulary, check_place_embeddings
 from omniform.modeling.generation_config import GenerationConfig
 from omniform.modeling.model import UnifiedModel
 from omniform.tokenizers.base import Modality
@@ -59,6 +59,7 @@ def train(
         with torch.device("meta"):
             model = UnifiedModel(config.model, vocabulary)
         config.check_loss_terms(model.term_weights)
+        check_place_embeddings(config.model, tokenizers)
         n_samples = sum(count_samples(source.path, source.index_dir) for source in config.data.sources)
         figures = forecast(model, config, world_size, free_disk=_free_disk(out))
         if is_first_process():
@@ -68,6 +69,7 @@ def train(
     torch.manual_seed(config.seed)
     model = UnifiedModel(config.model, vocabulary)
     config.check_loss_terms(model.term_weights)
+    check_place_embeddings(config.model, tokenizers)
     open_run_folder(out, config, fresh=fresh)
     data = TrainingData(
         config.data,
