@@ -44,6 +44,7 @@ class VideoTokenizerConfig:
         widths: channels at each resolution, each half as fine in space as the one before.
         time_strides: for each width after the first, 2 where it is half as fine in time too, else 1.
         n_blocks: residual blocks at each resolution, in encoder and decoder each.
+        local: each code sees the square of pixels that it stands for and nothing around it.
     """
 
     channels: Literal[1, 3] = 1
@@ -57,6 +58,7 @@ class VideoTokenizerConfig:
     widths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (64, 96)
     time_strides: tuple[Literal[1, 2], ...] = (1,)
     n_blocks: int = Field(default=1, ge=1)
+    local: bool = False
     quantizer: QuantizerConfig = FSQConfig()
 
     @property
@@ -104,6 +106,7 @@ class VideoTokenizerConfig:
             self.time_strides,
             self.n_blocks,
             self.quantizer.build(),
+            local=self.local,
         )
 
 

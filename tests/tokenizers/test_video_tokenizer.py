@@ -126,6 +126,24 @@ def test_gradients_say_which_frames_are_seen(rates: str) -> None:
         assert not seen[-(-frame // rate) + 1 :].any()
 
 
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("rates", RATES)
+def test_a_local_encoder_sees_the_square_of_its_code_and_a_wide_one_around_it(rates: str, local: bool) -> None:
+    tokenizer = build(rates=rates, local=local)
+    codec, side = tokenizer.codec, tokenizer.config.spatial_rate
+    frames = video(1 + 2 * codec.temporal_rate)[None].requires_grad_()
+    latents = codec.encoder(frames)
+    n_rows, n_columns = latents.shape[3:]
+    for row, column in itertools.product(range(n_rows), range(n_columns)):
+        [gradient] = torch.autograd.grad(latents[..., row, column].square().sum(), frames, retain_graph=True)
+        seen = gradient.abs().amax((0, 1, 2)) > 0
+        assert seen[row * side : (row + 1) * side, column * side : (column + 1) * side].all()
+        if local:
+            assert int(seen.sum()) == side**2
+        else:
+            assert int(seen.sum()) > side**2
+
+
 @pytest.mark.parametrize("rates", RATES)
 def test_an_image_is_a_video_of_one_frame_and_stillness_has_the_codes_of_an_image(rates: str) -> None:
     tokenizer = build(rates=rates)

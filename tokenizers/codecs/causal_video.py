@@ -36,6 +36,9 @@ class CausalVideoCodec(Codec):
         widths: channels at each resolution, finest first.
         time_strides: for each width after the first, 2 where time is halved too, else 1.
         n_blocks: residual blocks at each resolution, in encoder and decoder each.
+        local: each code sees the square of pixels that it stands for and nothing around it. What stands in a square
+            then has one code wherever else something moves, which makes codes easy to predict; a wide encoder spreads
+            what it has to say over all codes. The decoder looks around either way.
     """
 
     reconstruction_terms = ("reconstruction", "bright")
@@ -50,13 +53,16 @@ class CausalVideoCodec(Codec):
         time_strides: Sequence[int],
         n_blocks: int,
         quantizer: Quantizer,
+        *,
+        local: bool = False,
     ) -> None:
+        around = 1 if local else 3
         down: list[nn.Module] = [CausalConv3d(channels, widths[0], patch, patch)]
         for place, width in enumerate(widths):
             if place:
                 stride = time_strides[place - 1]
-                down.append(CausalConv3d(widths[place - 1], width, (2 * stride - 1, 3), (stride, 2)))
-            down += [_Residual(width) for _ in range(n_blocks)]
+                down.append(CausalConv3d(widths[place - 1], width, (2 * stride - 1, 2 if local else 3), (stride, 2)))
+            down += [_Residual(width, around) for _ in range(n_blocks)]
         down += [*_norm_act(widths[-1]), CausalConv3d(widths[-1], quantizer.input_dim, (1, 1))]
         up: list[nn.Module] = [CausalConv3d(quantizer.dim, widths[-1], (2, 3))]
         for place, width in reversed(list(enumerate(widths))):
@@ -160,13 +166,13 @@ class _Enlarge(nn.Module):
 class _Residual(nn.Module):
     """Two convolutions beside an identity, each after a norm and an activation (arXiv:1603.05027)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, around: int = 3) -> None:
         super().__init__()
         self.layers = CausalSequential(
             *_norm_act(width),
-            CausalConv3d(width, width, (2, 3)),
+            CausalConv3d(width, width, (2, around)),
             *_norm_act(width),
-            CausalConv3d(width, width, (1, 3)),
+            CausalConv3d(width, width, (1, around)),
         )
 
     def forward(self, steps: Float[Tensor, "B C T H W"], past: Past) -> Float[Tensor, "B C T H W"]:
