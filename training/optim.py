@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omniform.errors import OmniformError
 from omniform.training.config import FitConfig, OptimConfig, ScheduleConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -110,16 +111,26 @@ class AveragingMuon(AveragingAdamW):
     """Muon (K. Jordan et al., 2024, kellerjordan.github.io/posts/muon) for the weights of linear layers, else AdamW.
 
     An update of a matrix is its momentum, made nearly orthogonal by Newton-Schulz steps, and scaled to the size of
-    AdamW's updates (arXiv:2502.16982), so that both follow one learning rate. torch's own Muon computes it.
+    AdamW's updates (arXiv:2502.16982), so that both follow one learning rate. torch's own Muon computes it. Deviation:
+    a matrix whose gradient is zero throughout, such as an expert's whose modality a batch lacks, only decays, for
+    Newton-Schulz would bring what is left of its momentum back to full size at every such step.
 
     It needs whole matrices, as they are at ZeRO stage 0 alone. The momentum is kept as `exp_avg`, so that checkpoints
     look like AdamW's; `exp_avg_sq` of a matrix stays zero.
+
+    Raises:
+        OmniformError: the module has no linear layer to train.
     """
 
     def __init__(self, module: nn.Module, config: OptimConfig) -> None:
         super().__init__(module, config)
         layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
         self._matrices = [layer.weight for layer in layers if layer.weight.requires_grad]
+        if not self._matrices:
+            raise OmniformError(
+                f"optim.kind is muon, but {type(module).__name__} has no linear layer to train, whose weights alone "
+                "Muon updates: set optim.kind to adamw"
+            )
         self._muon = torch.optim.Muon(
             self._matrices,
             lr=config.lr,
@@ -144,8 +155,14 @@ class AveragingMuon(AveragingAdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, and its average."""
-        self._muon.step()
         gradients = [p.grad for p in self._matrices]
+        for group in self._muon.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not p.grad.any():
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    self.state[p]["exp_avg"].mul_(group["momentum"])
+                    p.grad = None
+        self._muon.step()
         for p, gradient in zip(self._matrices, gradients, strict=True):
             p.grad = None  # what is done is not AdamW's
             if gradient is not None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from omniform.errors import OmniformError
 from omniform.modeling.config import ConfigError, parse_config
 from omniform.training.config import EngineConfig, FitConfig, OptimConfig
 from omniform.training.engine import WEIGHTS, Engine
-from omniform.training.optim import learning_rate
+from omniform.training.optim import AveragingMuon, learning_rate
 from omniform.training.step import train_step
 
 OPTIM = OptimConfig(kind="muon", lr=0.05, warmup_steps=2, clip_grad_norm=0.5, ema_decay=0.8, momentum=0.9)
@@ -25,7 +26,7 @@ CONFIG = FitConfig(
 
 
 def side_by_side(toy: ModuleType) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The oracle: weights and averages after training with two optimizers of torch."""
+    """Return weights and averages after training with two optimizers of torch."""
     task = toy.Toy(8, 8)
     module = task.module
     matrices = [
@@ -53,7 +54,14 @@ def side_by_side(toy: ModuleType) -> tuple[dict[str, Tensor], dict[str, Tensor]]
         for optimizer in (muon, adamw):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(OPTIM, step, CONFIG.steps)
-            optimizer.step()
+        for p in matrices:
+            if not p.grad.any():  # only decays: what differs from torch's Muon
+                p.data *= 1 - 0.1 * learning_rate(OPTIM, step, CONFIG.steps)
+                if p in muon.state:
+                    muon.state[p]["momentum_buffer"] *= 0.9
+                p.grad = None
+        muon.step()
+        adamw.step()
         for n, p in trainable.items():
             averages[n] = 0.8 * averages[n] + 0.2 * p.detach()
     return {n: p.detach() for n, p in module.named_parameters()}, averages
@@ -105,3 +113,36 @@ def test_stages_without_whole_matrices_are_refused(stage: int) -> None:
     text = f"name: x\nsteps: 3\nengine: {{zero_stage: {stage}}}\noptim: {{kind: muon}}"
     with pytest.raises(ConfigError, match=f"optim.kind is muon at engine.zero_stage {stage}"):
         parse_config(FitConfig, text)
+
+
+def test_a_matrix_without_gradient_decays_and_does_not_move_otherwise() -> None:
+    torch.manual_seed(0)
+    module = nn.ModuleList([nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)])
+    optimizer = AveragingMuon(module, OptimConfig(kind="muon", lr=0.1, weight_decay=0.5, momentum=0.9))
+    optimizer.initialise_state(module.parameters())
+    used, idle = (layer.weight for layer in module)
+
+    def step(*layers: nn.Module) -> None:
+        for p in module.parameters():
+            p.grad = torch.zeros_like(p)
+        for layer in layers:
+            layer(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+
+    step(*module)
+    momentum, before = optimizer.state[idle]["exp_avg"].clone(), idle.detach().clone()
+    assert momentum.any()
+    for n in range(1, 4):
+        moved = used.detach().clone()
+        step(module[0])
+        assert not torch.allclose(used, moved * 0.95)
+        torch.testing.assert_close(idle.detach(), before * 0.95**n)
+        torch.testing.assert_close(optimizer.state[idle]["exp_avg"], momentum * 0.9**n)
+    assert optimizer.n_updates == 4
+    step(*module)
+    assert not torch.allclose(idle, before * 0.95**4)
+
+
+def test_a_module_without_linear_layers_is_refused() -> None:
+    with pytest.raises(OmniformError, match=r"optim\.kind is muon, but Embedding has no linear layer"):
+        AveragingMuon(nn.Embedding(3, 2), OptimConfig(kind="muon"))
