@@ -135,7 +135,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
     short: dict[str, tuple[str, ...]] = {}
     if tiny:
         short = {f"{name} tokenizer": _TINY_STEPS for name in MODALITIES if name != "text"}
-        short["model"] = (*_TINY_STEPS, "stages.0.steps=2")
+        short["model"] = (*_TINY_STEPS, "stages.0.steps=2", "stages.1.steps=1")
     overrides = {name: [*_moved_to(out, file), *short.get(name, ())] for name, file in configs.items()}
     recipe = {
         name: [(CONFIGS / f"{file}.yaml").read_text(encoding="utf-8"), overrides[name]]
@@ -172,7 +172,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
         draw_samples(loaded, out / "samples", _SHOWN)
         evaluate_any_to_any(Model(loaded), data, limit=limit, out=out / "metrics.json")
 
-    of_model = ("data", "text tokenizer", "image tokenizer")
+    of_model = ("data", *(f"{modality} tokenizer" for modality in MODALITIES))
     evaluated = (out / "metrics.json", out / "samples.json", out / "samples/images.png")
     return [
         Stage("data", [__version__, digits.VERSION, copies, takes], (data / "manifest.json",), build),
@@ -243,7 +243,9 @@ def _next_commands(out: Path) -> list[str]:
     return [
         f'omniform generate {model} "a handwritten seven" --to image --out seven.png',
         f"omniform generate {model} @seven.png --to text",
-        f'omniform generate {model} "a picture of a three" --to image --n 8 --out three.png',
+        f"omniform generate {model} @seven.png --to speech --seed 0 --out seven.wav",
+        f"omniform generate {model} @seven.wav --to video --out seven.mp4",
+        f"omniform chat {model} --to image",
         f"omniform eval {model} --data {data}",
         f"omniform data preview {data}",
     ]
