@@ -1,7 +1,8 @@
 """Token shards: the tokens of one shard's samples in a safetensors file that names what they were made from.
 
 A file carries the digests of the shard, of the tokenizers and of its own content, so that tokens of other data or of
-another tokenizer can never be taken for these. It is written whole or not at all.
+another tokenizer can never be taken for these. It is written whole or not at all. What grows with the samples is in its
+arrays, keys and metadata as JSON in bytes, for the header of a safetensors file may hold 100 MB at most.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ from omniform.data.schema import DataError
 from omniform.data.sealed import write_atomically
 from omniform.tokenizers.base import Modality, folder_digest
 
-TOKEN_SHARD_VERSION = 5
+TOKEN_SHARD_VERSION = 6
+_SAMPLES = "samples.json"
+_UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError)
 _SPAN_ARRAYS = ("sample", "modality", "length", "grid")
 Array = npt.NDArray[Any]
 
@@ -87,14 +90,10 @@ def write_token_shard(path: Path, tokens: TokenShard, identity: Mapping[str, Any
     """Write a token shard, the same bytes for the same tokens."""
     arrays = {f"span.{name}": array for name, array in tokens.spans.items()}
     arrays |= {f"content.{name}": array for name, array in tokens.content.items()}
-    record = {
-        **identity,
-        "keys": tokens.keys,
-        "metadata": tokens.metadata,
-        "left_out": tokens.left_out,
-        "failures": [[why.sample, why.modality, why.reason, why.message] for why in tokens.failures],
-        "arrays_sha256": _arrays_digest(arrays),
-    }
+    failures = [[why.sample, why.modality, why.reason, why.message] for why in tokens.failures]
+    of_samples = {"keys": tokens.keys, "metadata": tokens.metadata, "failures": failures}
+    arrays[_SAMPLES] = np.frombuffer(json.dumps(of_samples).encode(), dtype=np.uint8)
+    record = {**identity, "left_out": tokens.left_out, "arrays_sha256": _arrays_digest(arrays)}
     write_atomically(path, save(arrays, {"omniform": json.dumps(record)}))
 
 
@@ -108,7 +107,7 @@ def read_token_shard_identity(path: Path, remedy: str) -> dict[str, Any]:
         with safe_open(path, "np") as file:
             record = json.loads((file.metadata() or {})["omniform"])
         return {key: record[key] for key in ("version", "shard_sha256", "tokenizers")}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path} is damaged ({error}): {remedy}") from error
 
 
@@ -126,16 +125,19 @@ def read_token_shard(path: Path, identity: Mapping[str, Any], remedy: str) -> To
             record = json.loads((file.metadata() or {})["omniform"])
             arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
         intact = record["arrays_sha256"] == _arrays_digest(arrays)
+        samples = json.loads(arrays[_SAMPLES].tobytes())
         found = TokenShard(
-            keys=tuple(record["keys"]),
-            metadata=tuple(record["metadata"]),
+            keys=tuple(samples["keys"]),
+            metadata=tuple(samples["metadata"]),
             modalities=tuple(record["tokenizers"]),
             spans={name: arrays[f"span.{name}"] for name in _SPAN_ARRAYS},
             content={name: arrays[f"content.{name}"] for name in record["tokenizers"]},
             left_out=dict(record["left_out"]),
-            failures=tuple(Failure(*why) for why in record["failures"]),
+            failures=tuple(Failure(*why) for why in samples["failures"]),
         )
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        if len(found.metadata) != len(found.keys) or not all(isinstance(entry, dict) for entry in found.metadata):
+            raise ValueError(f"its metadata is not one object for each of {len(found.keys)} samples")
+    except _UNREADABLE as error:
         raise DataError(f"{path} is damaged ({error}): {remedy}") from error
     if not intact or any(record.get(key) != value for key, value in identity.items()):
         raise DataError(f"{path} does not hold what it should: {remedy}")

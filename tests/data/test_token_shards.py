@@ -9,11 +9,16 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from omniform.cli import app
@@ -24,7 +29,7 @@ from omniform.data.schema import DataError, RawSample, RawSpan
 from omniform.data.sealed import seal
 from omniform.data.shards import ShardReader, ShardWriter
 from omniform.data.token_record import RECORD
-from omniform.data.token_shards import tokenizer_digest
+from omniform.data.token_shards import TokenShard, read_token_shard, tokenizer_digest, write_token_shard
 from omniform.data.token_source import TokenSource, count_samples
 from omniform.modeling.folder import build_vocabulary
 from omniform.modeling.objectives.masked import Masked
@@ -316,3 +321,66 @@ def test_wrong_tokenizers_are_refused_before_anything_is_written(
     assert result.exit_code != 0
     assert message in f"{result.output}{result.exception}"
     assert not (tmp_path / "tokens").exists()
+
+
+IDENTITY = {"version": 1, "shard_sha256": "a", "tokenizers": {"text": "b"}}
+
+
+def shard_of(keys: tuple[str, ...], metadata: tuple[Any, ...]) -> TokenShard:
+    """Samples without spans."""
+    spans = {name: np.zeros(0, dtype=np.int32) for name in ("sample", "modality", "length")}
+    spans["grid"] = np.zeros((0, 3), dtype=np.int32)
+    return TokenShard(keys, metadata, ("text",), spans, {"text": np.zeros(0, dtype=np.int32)}, {}, ())
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.lists(st.dictionaries(st.text(), JSON_VALUES, max_size=3), max_size=4))
+def test_metadata_is_read_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, metadata: list[dict[str, Any]]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "metadata.safetensors"
+    write_token_shard(path, shard_of(tuple(map(str, range(len(metadata)))), tuple(metadata)), IDENTITY)
+    assert list(read_token_shard(path, IDENTITY, "").metadata) == metadata
+
+
+def test_metadata_may_be_larger_than_a_header_can_be(tmp_path: Path) -> None:
+    path, metadata = tmp_path / "x.safetensors", tuple({"caption": "word " * 7_000} for _ in range(3_000))
+    write_token_shard(path, shard_of(tuple(map(str, range(3_000))), metadata), IDENTITY)
+    assert path.stat().st_size > 100_000_000
+    assert read_token_shard(path, IDENTITY, "").metadata == metadata
+
+
+@pytest.mark.parametrize("metadata", [(3,), ({}, {}), (), ("label",), ([],), (None,)])
+def test_metadata_that_is_not_one_object_for_each_sample_is_refused(tmp_path: Path, metadata: tuple[Any, ...]) -> None:
+    write_token_shard(tmp_path / "x.safetensors", shard_of(("0",), metadata), IDENTITY)
+    with pytest.raises(DataError, match=r"is damaged \(its metadata is not one object for each of 1 samples\): remove"):
+        read_token_shard(tmp_path / "x.safetensors", IDENTITY, "remove it")
+
+
+@pytest.mark.parametrize("part", ["header", "samples"])
+def test_a_changed_label_and_json_that_is_nested_too_deep_are_refused(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "x.safetensors"
+    write_token_shard(path, shard_of(("0",), ({"digit": 7},)), IDENTITY)
+    content = path.read_bytes()
+    assert content.count(b'"digit": 7') == 1
+    path.write_bytes(content.replace(b'"digit": 7', b'"digit": 1'))
+    with pytest.raises(DataError, match="does not hold what it should"):
+        read_token_shard(path, IDENTITY, "")
+
+    write_token_shard(path, shard_of(("0",), ({"digit": 7},)), IDENTITY)
+    nested = b"[" * 200_000
+    with safe_open(path, "np") as file:
+        head, arrays = file.metadata(), {name: file.get_tensor(name) for name in sorted(file.keys())}
+    if part == "header":
+        head["omniform"] = nested.decode()
+    else:
+        arrays["samples.json"] = np.frombuffer(nested, dtype=np.uint8)
+    save_file(arrays, path, head)
+    with pytest.raises(DataError, match=r"is damaged .*recursion"):
+        read_token_shard(path, IDENTITY, "")
