@@ -26,6 +26,7 @@ from omniform.data.joined_source import open_source
 from omniform.data.mixture import INTERLEAVED, WINDOW, DataConfig, DataStage, Draws, Mixture, arrange, modalities_of
 from omniform.data.packing import first_fit
 from omniform.data.schema import DataError
+from omniform.data.tally import Tally
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.sequence import MultimodalSequence, Part, Role, document_length
 from omniform.tokenizers.base import Modality
@@ -121,20 +122,28 @@ class TrainingData:
         self.digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
-    def holes(self) -> dict[str, int]:
-        """By source, how many samples cannot be decoded: each draw of one leaves a hole, and nothing else changes."""
-        return {str(source.folder): len(source.failures) for source in self.sources}
+    def holes(self) -> dict[str, Tally]:
+        """By source, the samples that cannot be used: each draw of one leaves a hole, and nothing else changes."""
+        found = {self._name(place): Tally() for place in range(len(self.sources))}
+        for tally, source in zip(found.values(), self.sources, strict=True):
+            for failure in source.failures.values():
+                tally.add(failure.reason, failure.message)
+        return found
 
     @property
     def unserved(self) -> dict[str, int]:
-        """By source and task, how many readable samples lack what the task needs: their draws are holes too."""
+        """By source and task, how many other samples lack what the task needs: their draws are holes too."""
         found = {}
         for stage, tables in zip(self.stages, self._lengths, strict=True):
-            for source, config, table in zip(self.sources, stage.config.sources, tables, strict=True):
+            for place, (config, table) in enumerate(zip(stage.config.sources, tables, strict=True)):
                 for number, task in enumerate(config.tasks):
                     n_holes = int((table[number, 0] == 0).sum())
-                    found[f"{source.folder}, {task}"] = n_holes - len(source.failures)
+                    found[f"{self._name(place)}, {task}"] = n_holes - len(self.sources[place].failures)
         return found
+
+    def _name(self, place: int) -> str:
+        # The number tells apart sources of one folder.
+        return f"data.sources.{place} ({self.sources[place].folder})"
 
     def rows(self, step: int, part: slice = slice(None)) -> list[list[MultimodalSequence]]:
         """Return the rows of `step`, from 0, each the sequences that share it; with `part`, only those rows of it."""

@@ -90,9 +90,9 @@ def train(
         generation_config=TypeAdapter(GenerationConfig).dump_python(generation, mode="json"),
         card=model_card(config, model),
     )
-    for source, n_holes in data.holes.items():
-        if n_holes and is_first_process():
-            print(f"{n_holes} samples of {source} cannot be decoded; each leaves a hole and is not learnt", flush=True)
+    for source, holes in data.holes.items():
+        if holes and is_first_process():
+            print(f"{len(holes)} samples of {source} leave holes and are not learnt: {holes}", flush=True)
     for task_of_source, n in data.unserved.items():
         if n and is_first_process():
             print(f"{n} samples of {task_of_source} lack a span that it needs; each leaves a hole", flush=True)

@@ -94,7 +94,8 @@ def test_a_joined_source_trains_like_any_other(
         )
 
     data = build()
-    assert sum(data.holes.values()) == N_TEXTS // 10 + 1
+    [holes] = data.holes.values()
+    assert (len(holes), holes.to_json().keys()) == (N_TEXTS // 10 + 1, {"unpaired"})
     for sequence in (sequence for step in range(5) for row in data.rows(step) for sequence in row):
         assert [(span.modality, span.role) for span in sequence.spans] == [
             ("text", Role.CONTEXT),

@@ -224,8 +224,8 @@ def test_a_hole_is_counted_and_shifts_no_other_draw(
     tasks = {"text->image": 1.0}
     damaged = make(sources=(SourceConfig(path=tmp_path / "small", tasks=tasks),), rows_per_step=512)
     intact = make(sources=(SourceConfig(path=tmp_path / "intact", tasks=tasks),), rows_per_step=512)
-    assert list(damaged.holes.values()) == [1]
-    assert list(intact.holes.values()) == [0]
+    assert [tally.to_json().keys() for tally in damaged.holes.values()] == [{"cannot be used"}]
+    assert [len(tally) for data in (damaged, intact) for tally in data.holes.values()] == [1, 0]
     n_steps = 4
     assert damaged.position(n_steps)["window"] == 2
     windows = [damaged.stage_rows(0).mixture.window(number) for number in range(3)]
@@ -245,7 +245,15 @@ def test_samples_that_a_task_cannot_use_are_counted(make: Callable[..., Training
             writer.write(RawSample(str(n), (text,) if n < 3 else (text, image)))
     data = make(sources=tuple(SourceConfig(path=tmp_path / name, tasks=BOTH) for name in ("small", "mixed")))
     assert list(data.unserved.values()) == [0, 0, 3, 3]  # the damaged sample of the first is a hole already
-    assert list(data.holes.values()) == [1, 0]
+    assert [len(tally) for tally in data.holes.values()] == [1, 0]
+
+
+def test_sources_of_one_folder_are_counted_apart(make: Callable[..., TrainingData], tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    data = make(sources=(SourceConfig(path=small, tasks=BOTH), SourceConfig(path=small, tasks={"text->image": 1.0})))
+    assert list(data.holes) == [f"data.sources.{place} ({small})" for place in range(2)]
+    assert [len(tally) for tally in data.holes.values()] == [1, 1]
+    assert len(data.unserved) == 3
 
 
 def test_documents_are_learnt_whole_and_take_the_length_that_was_planned(
