@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniform.kernels.attention import DenseMask, attention, attention_reference
+from omniform.kernels.attention import (
+    WIDEST_PRODUCTS,
+    DenseMask,
+    DocumentBatch,
+    DocumentMask,
+    attention,
+    attention_reference,
+)
 from omniform.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from omniform.kernels.rmsnorm import rms_norm, rms_norm_reference
 from omniform.kernels.rope import rotary_angles, rotate, rotate_reference
@@ -28,6 +35,27 @@ def test_attention_equals_the_textbook_formula(heads: int, kv_heads: int, dtype:
     upstream = torch.randn(out.shape, generator=generator)
     ours = torch.autograd.grad(out, (q, k, v), upstream.to(dtype))
     theirs = torch.autograd.grad(expected, (q, k, v), upstream.double())
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), atol=4 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [7, WIDEST_PRODUCTS, WIDEST_PRODUCTS + 1])
+def test_attention_of_documents_equals_the_textbook_formula(width: int, dtype: torch.dtype) -> None:
+    """Plain products, for bf16 up to a width, and the fused kernel otherwise; two rows of padding get zeros."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, width + 2, 4) for heads in (2, 1, 1)]
+    q, k, v = (torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes)
+    allowed = torch.ones(width, width, dtype=torch.bool).tril()
+    places = torch.cat([torch.arange(width), torch.full((2,), width)])
+    mask = DocumentMask((DocumentBatch(torch.arange(width)[None], allowed[None, None]),), places)
+    out = attention(q, k, v, mask)
+    expected = attention_reference(*(x[:, :, :width].double() for x in (q, k, v)), allowed[None, None])
+    torch.testing.assert_close(out[:, :, :width].double(), expected, atol=TOLERANCE[dtype], rtol=0)
+    assert not out[:, :, width:].any()
+    upstream = torch.randn(out.shape, generator=generator)
+    ours = torch.autograd.grad(out, (q, k, v), upstream.to(dtype))
+    theirs = torch.autograd.grad(expected, (q, k, v), upstream[:, :, :width].double())
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.double(), b.double(), atol=4 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
