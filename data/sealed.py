@@ -5,10 +5,10 @@ Lists at the top level are written one entry per line, so that a person can read
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from omniform.atomic import write_whole
 from omniform.data.schema import DataError
 
 
@@ -43,17 +43,9 @@ def unseal(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all; the folder that it is in is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, content)
 
 
 def _layout(content: dict[str, Any]) -> bytes:

@@ -1,14 +1,14 @@
 """What was said in a chat, and how it is written down."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omniform.atomic import write_whole
 from omniform.errors import OmniformError
-from omniform.inference.protocol import ContentPart, TextPart
+from omniform.inference.protocol import ContentPart, SpeechPart, TextPart
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,13 @@ class Turn:
 def as_messages(turns: Sequence[Turn], prompt: Sequence[FiledPart]) -> list[dict[str, Any]]:
     """Return a prompt after earlier turns as a chat that `parse_prompt` takes.
 
-    Replies that were stopped or replaced are left out with their prompts, and so are parts that hold nothing.
+    Replies that were stopped or replaced are left out with their prompts, and so is what says nothing: text
+    without a character and speech without a sample.
     """
     messages = []
     for turn in turns:
         if not (turn.stopped or turn.replaced):
-            answer = [
-                filed for filed in turn.reply if filed.path or (isinstance(filed.part, TextPart) and filed.part.text)
-            ]
+            answer = [filed for filed in turn.reply if not _holds_nothing(filed.part)]
             messages += [_message("user", turn.prompt), _message("assistant", answer)]
     return [*messages, _message("user", prompt)]
 
@@ -63,14 +62,17 @@ def write_transcript(turns: Sequence[Turn], path: Path) -> None:
         OmniformError: a path that cannot be written.
     """
     messages = [message for turn in turns for message in _as_json(turn)]
-    draft = path.with_name(f".{path.name}.draft")
+    lines = "".join(f"{json.dumps(message, ensure_ascii=False)}\n" for message in messages)
     try:
-        draft.write_text("".join(f"{json.dumps(message, ensure_ascii=False)}\n" for message in messages), "utf-8")
-        os.replace(draft, path)
+        write_whole(path, lines.encode())
     except OSError as error:
         raise OmniformError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        draft.unlink(missing_ok=True)
+
+
+def _holds_nothing(part: ContentPart) -> bool:
+    if isinstance(part, SpeechPart):
+        return not len(part.audio.samples)
+    return isinstance(part, TextPart) and not part.text
 
 
 def _message(role: str, parts: Sequence[FiledPart]) -> dict[str, Any]:

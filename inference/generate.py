@@ -147,6 +147,22 @@ class Model:
         keywords.pop("batch_invariant", None)  # one prompt runs by itself already
         return self._events([prompt], to, seed, keywords)
 
+    def targets(self, to: str | Sequence[str], max_parts: int | None = None) -> Targets:
+        """Return which parts a reply to `to` has, in any form that `generate` takes.
+
+        Raises:
+            OmniformError: a modality that the model has not, or "any" for a model that has not learnt to choose.
+        """
+        targets = parse_targets(to, max_parts)
+        for modality in targets.names or ():
+            self._require(modality, "asked for")
+        if targets.names is None and not self.network.config.next_span_weight:
+            raise OmniformError(
+                f'to is "{ANY}", but this model has not learnt what follows a part (model.next_span_weight is 0): name '
+                "the parts in order, such as to=['text', 'image']"
+            )
+        return targets
+
     @torch.inference_mode()
     def text_logits(self, token_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
         """Return next-token logits over the text tokenizer's ids, for plain causal text.
@@ -252,7 +268,7 @@ class Model:
     ) -> list[Request]:
         given = {name: value for name, value in keywords.items() if value is not None}
         negative = given.pop("negative_prompt", None)
-        targets = self._targets(to, max_parts=given.pop("max_parts", None))
+        targets = self.targets(to, max_parts=given.pop("max_parts", None))
         seeds = parse_seeds(seed, len(prompts), fresh=secrets.randbits(63))
         wanted = [given.pop(name, None) for name in ("image", "mask", "strength")]
         edits = parse_edits(*wanted, names=targets.names, seeds=seeds, tokenizer=self.tokenizers.get("image"))
@@ -278,17 +294,6 @@ class Model:
             own_dropped = dropped if guided and (parts or dropped) else None
             requests.append(Request(parts, targets, settings, own_dropped, own_seed, sample, edit))
         return requests
-
-    def _targets(self, to: str | Sequence[str], max_parts: int | None) -> Targets:
-        targets = parse_targets(to, max_parts)
-        for modality in targets.names or ():
-            self._require(modality, "asked for")
-        if targets.names is None and not self.network.config.next_span_weight:
-            raise OmniformError(
-                f'to is "{ANY}", but this model has not learnt what follows a part (model.next_span_weight is 0): name '
-                "the parts in order, such as to=['text', 'image']"
-            )
-        return targets
 
     def _check_keywords(self, given: Mapping[str, Any], modalities: Sequence[str]) -> None:
         objectives, names = self.network.config.objectives, ", ".join(modalities)
@@ -319,8 +324,8 @@ class Model:
 
     def _session(self, request: Request, *, bounded: bool) -> Session:
         """Tokenise a request; `bounded`: a number of text tokens that does not fit is an error, not lowered."""
-        context = [self._encode(part) for part in request.prompt]
-        dropped = None if request.dropped is None else [self._encode(part) for part in request.dropped]
+        context = self._encode(request.prompt)
+        dropped = None if request.dropped is None else self._encode(request.dropped)
         plan = Plan(
             request.to.names,
             self._fit(max(self._n_rows(context), self._n_rows(dropped or [])), request, bounded),
@@ -363,7 +368,18 @@ class Model:
         described = [(part.modality, len(part.tokens.codes), part.role) for part in parts]
         return document_length(described, self.network.vocabulary, {})
 
-    def _encode(self, part: ContentPart) -> Part:
-        tokenizer = self.tokenizers[part.modality]
+    def _encode(self, parts: Sequence[ContentPart]) -> list[Part]:
+        """Tokenise parts, unless they are known before to be too long: hours of sound take minutes to encode."""
+        tokenizers, room = [self.tokenizers[part.modality] for part in parts], self.max_sequence_length
+        items = [item_of(part, tokenizer, room) for part, tokenizer in zip(parts, tokenizers, strict=True)]
+        counts = [tokenizer.n_tokens(item) or 0 for item, tokenizer in zip(items, tokenizers, strict=True)]
+        if sum(counts) > room:
+            told = ", ".join(f"{part.modality} {count}" for part, count in zip(parts, counts, strict=True) if count)
+            raise OmniformError(
+                f"prompt too long: it takes {sum(counts)} or more of this model's {room} tokens ({told}): shorten it"
+            )
         with torch.inference_mode():
-            return Part(part.modality, tokenizer.encode(item_of(part, tokenizer)), Role.CONTEXT)
+            return [
+                Part(part.modality, tokenizer.encode(item), Role.CONTEXT)
+                for part, tokenizer, item in zip(parts, tokenizers, items, strict=True)
+            ]

@@ -1,17 +1,20 @@
 """Parts of prompts and replies <-> files: the suffix of a name says which modality and which format."""
 
 import io
-import os
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from omniform.atomic import write_whole
 from omniform.errors import OmniformError
 from omniform.inference.generate import Model
 from omniform.inference.part_items import part_of
 from omniform.inference.protocol import ContentPart, DataPart, ImagePart, SpeechPart, TextPart, parse_prompt
 from omniform.tokenizers.audio_files import audio_bytes
+from omniform.tokenizers.base import Modality
 from omniform.tokenizers.image_files import MAX_BYTES
+from omniform.tokenizers.speech import SpeechTokenizer
 from omniform.tokenizers.video_writing import video_bytes
 
 DEFAULT_SUFFIX = {"text": ".txt", "image": ".png", "speech": ".wav", "video": ".mp4"}
@@ -36,12 +39,12 @@ _WRITTEN = {
 def read_part(path: str | Path, model: Model) -> ContentPart:
     """Read a file as a part of a prompt: what the model's tokenizer makes of it, at its rate and size.
 
-    The last line break of a text ends its last line, and is left out. A file of another modality than these four is
-    JSON, which the `read` of its tokenizer knows.
+    A sound is decoded no further than the model's number of tokens reaches. The last line break of a text ends its last
+    line, and is left out. A file of another modality than these four is JSON, which the `read` of its tokenizer knows.
 
     Raises:
-        OmniformError: a file that is missing, unreadable, above MAX_BYTES, without contents, or of a kind that the
-            model does not take; the message begins with the path.
+        OmniformError: a file that is missing, unreadable, above MAX_BYTES, without contents, of a kind that the model
+            does not take, or a sound longer than it takes; the message begins with the path.
     """
     path = Path(path)
     modality = _modality_to_read(path, model)
@@ -51,7 +54,7 @@ def read_part(path: str | Path, model: Model) -> ContentPart:
             payload = file.read(MAX_BYTES + 1)
         if len(payload) > MAX_BYTES:
             raise OmniformError(f"the file is too large, expected at most {MAX_BYTES:,} bytes")
-        item = tokenizer.read(payload)
+        item = _read_item(payload, tokenizer, model.max_sequence_length)
         item = item.removesuffix("\n").removesuffix("\r") if modality == "text" else item
         [part] = parse_prompt(item if modality == "text" else part_of(item, modality, tokenizer))
     except OSError as error:
@@ -72,14 +75,10 @@ def write_part(part: ContentPart, path: str | Path) -> None:
     path = Path(path)
     check_suffix(path, part.modality)
     payload = _payload(part, path.suffix.lower())
-    draft = path.with_name(f".{path.name}.draft")
     try:
-        draft.write_bytes(payload)
-        os.replace(draft, path)
+        write_whole(path, payload)
     except OSError as error:
         raise OmniformError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def check_suffix(path: Path, modality: str) -> None:
@@ -122,6 +121,12 @@ def _modality_to_read(path: Path, model: Model) -> str:
             f"{', '.join(model.modalities)}"
         )
     return found[0]
+
+
+def _read_item(payload: bytes, tokenizer: Modality[Any], max_tokens: int) -> Any:
+    if isinstance(tokenizer, SpeechTokenizer):
+        return tokenizer.read(payload, max_seconds=tokenizer.seconds(max_tokens))
+    return tokenizer.read(payload)
 
 
 def _payload(part: ContentPart, suffix: str) -> bytes:

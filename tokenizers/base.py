@@ -107,6 +107,10 @@ class Modality(ABC, Generic[TokensT]):
         """Turn one raw item into tokens."""
         return self.encode_batch([item])[0]
 
+    def n_tokens(self, item: Any) -> int | None:
+        """Return how many tokens an item has, where that is known without encoding it; else None."""
+        return None
+
     def decode(self, tokens: TokensT) -> Any:
         """Turn the tokens of one item back into its raw form."""
         return self.decode_batch([tokens])[0]

@@ -1,5 +1,6 @@
 """What the tokenizers of images, speech and video share: a codec that a config builds, stored as its weights."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,13 @@ class CodecTokenizer(Modality[TokensT]):
     @abstractmethod
     def grid(self, item: Any) -> tuple[int, ...]:
         """Return the grid of an item's tokens."""
+
+    def n_tokens(self, item: Any) -> int | None:
+        """Return how many tokens an item has, without encoding it; None where it has no such shape as items have."""
+        try:
+            return math.prod(self.grid(item))
+        except (AttributeError, IndexError):
+            return None
 
     @abstractmethod
     def compact(self, item: Any) -> Shaped[Tensor, "*S"]:

@@ -159,15 +159,20 @@ class SpeechTokenizer(CodecTokenizer[Tokens]):
         if empty:
             raise TokenizerError("no codes of speech, expected those of at least one frame")
 
-    def read(self, payload: bytes) -> Float[Tensor, "N"]:
+    def seconds(self, n_tokens: int) -> float:
+        """Return how long the sound of so many tokens is, as far as they are of whole frames."""
+        return n_tokens // self.codec.quantizer.depth * self.config.frame_samples / self.config.sample_rate
+
+    def read(self, payload: bytes, max_seconds: float = math.inf) -> Float[Tensor, "N"]:
         """Decode a sound file (`audio_files` says which): mono, at the tokenizer's rate.
 
         Raises:
-            TokenizerError: it is not a whole sound file, or above the bounds of `audio_files`.
+            TokenizerError: it is not a whole sound file, longer than `max_seconds`, or above the bounds of
+                `audio_files`.
         """
-        from omniform.tokenizers.audio_files import read_audio
+        from omniform.tokenizers.audio_files import MAX_SECONDS, read_audio
 
-        return read_audio(payload, self.config.sample_rate)
+        return read_audio(payload, self.config.sample_rate, min(max_seconds, MAX_SECONDS))
 
     def from_audio(self, audio: "Audio") -> Float[Tensor, "N"]:
         """Turn sound of any rate into an item, as `read` does with a WAV file of it.

@@ -2,8 +2,10 @@
 
 import json
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +19,17 @@ from sample_videos import clip
 from small_codecs import small_model, small_tokenizers
 
 import omniform
+from omniform.atomic import write_whole
 from omniform.errors import OmniformError
 from omniform.inference.command import generate_files
 from omniform.inference.generate import Model
 from omniform.inference.part_files import DEFAULT_SUFFIX, check_suffix, formats, has_files, read_part, write_part
 from omniform.inference.part_items import item_of
 from omniform.inference.protocol import ContentPart, DataPart, ImagePart, SpeechPart, TextPart, VideoPart, parse_prompt
+from omniform.tokenizers.audio_files import audio_bytes
+from omniform.tokenizers.base import Tokens
 from omniform.tokenizers.locations import LocationTokenizer, LocationTokenizerConfig
+from omniform.tokenizers.speech import SpeechTokenizer
 
 RATE, FPS = 16000, 8.0
 PICTURE = Image.fromarray(np.arange(0, 256, dtype=np.uint8).reshape(16, 16))
@@ -225,6 +231,78 @@ def test_what_cannot_be_written_leaves_everything_as_it_was(
         write_part(part, tmp_path / name)
     assert sorted(tmp_path.iterdir()) == before
     assert all(path.is_dir() or path.read_bytes() == b"before" for path in before)
+
+
+def test_a_file_is_written_beside_no_file_of_anyone_else(tmp_path: Path) -> None:
+    """Neither is what a link points to written to, and nothing is left beside the file."""
+    (tmp_path / "mine").write_bytes(b"mine")
+    for name in (".a.png.draft", "a.png.partial", "a.png"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    before = {path.name for path in tmp_path.iterdir()}
+    write_part(PARTS["image"], tmp_path / "a.png")
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    assert Image.open(tmp_path / "a.png").tobytes() == PICTURE.tobytes()
+    assert not (tmp_path / "a.png").is_symlink()
+
+
+def test_the_file_of_several_writers_at_once_is_that_of_one_of_them(tmp_path: Path) -> None:
+    contents = [bytes([writer]) * 2**16 for writer in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda content: write_whole(tmp_path / "a", content), contents * 4))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() in contents
+
+
+class Unencoding(SpeechTokenizer):
+    """Knows how long speech is, and encodes none."""
+
+    def encode_batch(self, items: Sequence[Any]) -> list[Tokens]:
+        raise AssertionError("encoded")
+
+
+@pytest.fixture(scope="module")
+def short() -> Model:
+    """A model of 64 tokens, which are 2.56 seconds of speech: two codes for each 0.08."""
+    tokenizers = small_tokenizers()
+    speech = tokenizers["speech"]
+    assert isinstance(speech, SpeechTokenizer)
+    tokenizers["speech"] = Unencoding(speech.config, speech.codec)
+    model = small_model(tokenizers)
+    model.max_sequence_length = 64
+    return model
+
+
+def test_a_sound_that_is_too_long_is_refused_before_it_is_encoded(short: Model, tmp_path: Path) -> None:
+    silence = torch.zeros(10 * RATE)
+    (tmp_path / "a.wav").write_bytes(audio_bytes(silence, RATE, "wav"))
+    with pytest.raises(OmniformError, match=r"a\.wav: a sound of 10\.0 seconds, expected at most 2\.56: cut it first"):
+        read_part(tmp_path / "a.wav", short)
+    held = omniform.Audio(silence, RATE)
+    with pytest.raises(OmniformError, match=r"a sound of 10\.00 seconds, .* 2\.56, which take all of this model's 64"):
+        short.generate(held)
+    with pytest.raises(OmniformError, match=r"a sound of 10\.00 seconds"):
+        short.generate("one", negative_prompt=held, guidance_scale=2)
+    with pytest.raises(OmniformError, match=r"takes 250 or more of this model's 64 tokens \(speech 250\)"):
+        short.generate(DataPart("speech", silence))
+    with pytest.raises(OmniformError, match=r"takes 76 or more of this model's 64 tokens \(speech 38, speech 38\)"):
+        short.generate([omniform.Audio(silence[: RATE * 3 // 2], RATE)] * 2)
+
+
+def test_a_video_in_the_form_of_its_tokenizer_is_bounded_too(short: Model) -> None:
+    with pytest.raises(OmniformError, match=r"takes 68 or more of this model's 64 tokens \(video 68\)"):
+        short.generate(DataPart("video", torch.zeros(1, 129, 32, 32)))
+    with pytest.raises(OmniformError, match="expected float32"):
+        short.generate(DataPart("video", "no video"))
+
+
+def test_the_longest_sound_is_read_whole(short: Model, tmp_path: Path) -> None:
+    whole = torch.zeros(round(2.56 * RATE))
+    (tmp_path / "a.wav").write_bytes(audio_bytes(whole, RATE, "wav"))
+    part = read_part(tmp_path / "a.wav", short)
+    assert isinstance(part, SpeechPart)
+    assert len(part.audio.samples) == len(whole)
+    assert short.tokenizers["speech"].n_tokens(part.audio.samples) == short.max_sequence_length
 
 
 def test_a_modality_without_files_of_its_own_has_json(tmp_path: Path) -> None:
