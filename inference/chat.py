@@ -28,8 +28,9 @@ from omniform.inference.chat_commands import (
     split_words,
     to_path,
 )
-from omniform.inference.chat_input import ChatCompleter, plain_lines, typed_lines
+from omniform.inference.chat_input import ChatCompleter, make_private, plain_lines, typed_lines
 from omniform.inference.chat_transcript import FiledPart, Turn, as_messages, write_transcript
+from omniform.inference.destination import reserve_file
 from omniform.inference.generate import Model, load
 from omniform.inference.part_files import default_suffix, read_part, write_part
 from omniform.inference.protocol import (
@@ -70,7 +71,7 @@ class Chat:
     ) -> None:
         self.model, self.screen, self.seed = model, screen, seed
         usual = "text" if "text" in model.modalities else model.modalities[0]
-        self.to = parse_names(usual if to is None else to, model.modalities, ANY)
+        self.to = self._parse_to(usual if to is None else to)
         self.out_dir = out_dir or Path(time.strftime("chat-%Y%m%d-%H%M%S"))
         self.settings: dict[str, Any] = {}
         self.turns: list[Turn] = []
@@ -157,10 +158,13 @@ class Chat:
             self.screen.picture(picture)
         if isinstance(part, DataPart) and part.json is not None:
             self.screen.line(part.json)
+        path = None
         try:
-            path = self._new_file(default_suffix(part.modality))
+            path = reserve_file(self.out_dir, default_suffix(part.modality))
             write_part(part, path)
         except OmniformError as error:
+            if path is not None:
+                path.unlink(missing_ok=True)
             self._complain(error)
             return FiledPart(part)
         self.screen.line(f"{path} ({_describe(part)})")
@@ -170,20 +174,13 @@ class Chat:
         self.n_errors += 1
         self.screen.note(f"error: {error}")
 
-    def _new_file(self, suffix: str) -> Path:
-        """Return a path in the output folder that no file has, numbered by the parts of the chat."""
-        try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OmniformError(f"cannot make the folder {self.out_dir}: {error.strerror}; choose --out-dir") from error
-        taken = {path.stem for path in self.out_dir.iterdir()}
-        number = 1
-        while f"{number:03d}" in taken:
-            number += 1
-        return self.out_dir / f"{number:03d}{suffix}"
+    def _parse_to(self, given: str) -> list[str]:
+        names = parse_names(given, self.model.modalities, ANY)
+        self.model.targets(names)  # not every model has learnt to choose
+        return names
 
     def _do_to(self, arguments: str) -> None:
-        self.to = parse_names(arguments, self.model.modalities, ANY)
+        self.to = self._parse_to(arguments)
         self.screen.note(f"Replies are {', '.join(self.to)} from now on.")
 
     def _do_attach(self, arguments: str) -> None:
@@ -264,15 +261,18 @@ def run_chat(
         history: file for the lines that are typed; None keeps them in memory only.
 
     Raises:
-        OmniformError: no model folder, or a modality that it has not.
+        OmniformError: no model folder, a modality that it has not, or a history that is no file of the user's.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    in_terminal = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
+    if in_terminal and history is not None:
+        make_private(history)  # what is wrong with it is told before the model is loaded
     screen = Screen(sys.stdout, sys.stderr, os.environ)
     screen.progress(f"loading {folder}")
     chat = Chat(load(folder), screen, to, out_dir, seed)
     screen.note(f"{folder} reads and writes {', '.join(chat.model.modalities)}.")
-    if not (sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())):
+    if not in_terminal:
         for line in plain_lines(sys.stdin):
             if not chat.handle(line):
                 break

@@ -13,6 +13,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
+from omniform.errors import OmniformError
 from omniform.inference.chat_commands import COMMANDS
 
 
@@ -96,10 +97,31 @@ def _starting_with(start: str, words: Iterable[str]) -> Iterator[Completion]:
             yield Completion(word, start_position=-len(start))
 
 
+def make_private(history: Path) -> None:
+    """Make the file of what is typed if need be, and let its owner alone read it.
+
+    Raises:
+        OmniformError: it cannot be made or changed, or is no plain file.
+    """
+    try:
+        if history.exists() and not history.is_file():
+            raise OmniformError(f"--history {history} is no plain file: name a file, or leave it out to keep nothing")
+        descriptor = os.open(history, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+        try:
+            os.fchmod(descriptor, 0o600)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OmniformError(
+            f"--history {history}: cannot be written: {error.strerror}; name a file of your own in a folder that is "
+            "there"
+        ) from error
+
+
 def _history(path: Path | None) -> History:
     if path is None:
         return InMemoryHistory()
-    os.close(os.open(path, os.O_CREAT | os.O_APPEND, 0o600))
+    make_private(path)
     return FileHistory(path)
 
 

@@ -1,6 +1,8 @@
 """Where the command line puts the parts of replies."""
 
+import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -70,3 +72,24 @@ class Destination:
 
     def _fits(self, modality: str) -> bool:
         return self.suffix.lower() in formats(modality)
+
+
+def reserve_file(folder: Path, suffix: str) -> Path:
+    """Make an empty file, named by the next free number, and return its path, which no other process then takes.
+
+    The folder is made if need be.
+
+    Raises:
+        OmniformError: the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            taken = {path.stem for path in folder.iterdir()}
+            free = next(name for number in itertools.count(1) if (name := f"{number:03d}") not in taken)
+            path = folder / f"{free}{suffix}"
+            with suppress(FileExistsError):  # another one was faster
+                path.touch(exist_ok=False)
+                return path
+    except OSError as error:
+        raise OmniformError(f"cannot make a file in {folder}: {error.strerror}; choose --out-dir") from error

@@ -57,7 +57,7 @@ class Screen:
         """Show how far something is, in a line that the next thing printed replaces; nothing outside a terminal."""
         if self._moves:
             self.end_line()
-            self._notes.write(_CLEAR_LINE + text[: shutil.get_terminal_size().columns - 1])
+            self._notes.write(_CLEAR_LINE + harmless(text)[: shutil.get_terminal_size().columns - 1])
             self._notes.flush()
             self._progress = True
 

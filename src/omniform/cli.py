@@ -11,9 +11,10 @@ try:
     import typer.core
 
     from omniform import __version__
-    from omniform.console import Json, Seed, harmless, print_json
+    from omniform.console import Json, Seed, print_json
     from omniform.data_cli import data_app
     from omniform.errors import COMPLAINTS_VARIABLE, OmniformError
+    from omniform.inference.terminal_text import harmless
 except KeyboardInterrupt:  # nothing else can answer Ctrl-C in the first moments
     print("omniform: interrupted", file=sys.stderr)
     sys.exit(130)

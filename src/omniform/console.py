@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from omniform.inference.terminal_text import harmless as harmless
-
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same result.")]
 

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from omniform.console import Json, Seed, harmless, print_json
+from omniform.console import Json, Seed, print_json
 from omniform.errors import OmniformError
+from omniform.inference.terminal_text import harmless
 
 data_app = typer.Typer(help="Build, check and look at training data.", no_args_is_help=True)
 

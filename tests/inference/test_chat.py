@@ -3,16 +3,28 @@
 import io
 import json
 import signal
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from omniform.errors import OmniformError
 from omniform.inference.chat import Chat
+from omniform.inference.chat_transcript import FiledPart, Turn, as_messages
+from omniform.inference.destination import reserve_file
 from omniform.inference.generate import Model
+from omniform.inference.protocol import ImagePart, SpeechPart, TextPart
 from omniform.inference.terminal import Screen
 from omniform.inference.terminal_text import harmless
+from omniform.modeling.folder import LoadedModel
+from omniform.modeling.model import UnifiedModel
+from omniform.tokenizers.audio_files import Audio
 
 
 class Conversation:
@@ -187,8 +199,69 @@ def test_a_part_that_cannot_be_written_does_not_cost_the_others(omni: Model, tmp
     (tmp_path / "file").touch()
     talk = Conversation(omni, tmp_path / "file", "image,text")
     results, notes = talk.say("a")
-    assert f"error: cannot make the folder {tmp_path / 'file'}: " in notes
+    assert f"error: cannot make a file in {tmp_path / 'file'}: " in notes
     assert results == harmless(omni.generate("a", ["image", "text"], seed=3).text + "\n")
+
+
+def test_a_picture_that_could_not_be_written_is_still_read_later(omni: Model, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    talk = Conversation(omni, tmp_path / "file", "image")
+    talk.say("/keep on", "a", "/to text")
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": omni.generate("a", "image", seed=3).images[0]},
+        {"role": "user", "content": "b"},
+    ]
+    assert omni.generate(chat, seed=3).text != omni.generate("ab", seed=3).text
+    assert talk.say("b")[0] == harmless(omni.generate(chat, seed=3).text + "\n")
+
+
+def test_what_says_nothing_is_not_read_later() -> None:
+    parts = [
+        TextPart(""),
+        SpeechPart(Audio(torch.zeros(0), 16000)),
+        SpeechPart(Audio(torch.zeros(1), 16000)),
+        ImagePart(Image.new("L", (2, 2))),
+    ]
+    turn = Turn([FiledPart(TextPart("a"))], ["text"], 3, {}, [FiledPart(part) for part in parts])
+    _, answer, _ = as_messages([turn], turn.prompt)
+    assert answer == {"role": "assistant", "content": parts[2:]}
+
+
+def test_several_chats_can_share_a_folder_and_replace_no_file(tmp_path: Path) -> None:
+    suffixes = [".png", ".wav"] * 50
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda suffix: reserve_file(tmp_path / "out", suffix), suffixes))
+    assert len(set(paths)) == len(suffixes)
+    assert sorted((tmp_path / "out").iterdir()) == sorted(paths)
+    assert [path.suffix for path in paths] == suffixes
+
+
+def test_a_model_that_has_not_learnt_to_choose_is_not_asked_to(omni: Model, tmp_path: Path) -> None:
+    config = replace(omni.network.config, next_span_weight=0.0)
+    network = UnifiedModel(config, omni.network.vocabulary)
+    told = Model(LoadedModel(network, omni.tokenizers, {"max_sequence_length": 60}))
+    talk = Conversation(told, tmp_path)
+    _, notes = talk.say("/to any")
+    assert 'error: to is "any", but this model has not learnt what follows a part' in notes
+    assert talk.chat.to == ["text"]
+    with pytest.raises(OmniformError, match="has not learnt what follows a part"):
+        Conversation(told, tmp_path, "any")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_what_is_shown_has_no_control_character(text: str) -> None:
+    shown = harmless(text)
+    assert len(shown) == len(text)
+    assert harmless(shown) == shown
+    for old, new in zip(text, shown, strict=True):
+        obeyed = unicodedata.category(old) in ("Cc", "Cf", "Zl", "Zp") and old not in "\n\t\u200c\u200d"
+        assert new == ("\ufffd" if obeyed else old)
+
+
+def test_text_that_turns_a_line_around_is_shown_as_it_stands() -> None:
+    assert harmless("a\u202ebc\u2069 \ufeff\u200b\u2028d\x9b2J") == "a\ufffdbc\ufffd \ufffd\ufffd\ufffdd\ufffd2J"
+    assert harmless("می\u200cخواهم 👩\u200d🔬\n\t") == "می\u200cخواهم 👩\u200d🔬\n\t"
 
 
 class Impatient(io.StringIO):

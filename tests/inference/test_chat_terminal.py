@@ -15,7 +15,8 @@ from pseudo_terminal import PseudoTerminal
 from small_codecs import small_model, small_tokenizers
 
 import omniform
-from omniform.inference.chat_input import ChatCompleter, typed_lines
+from omniform.errors import OmniformError
+from omniform.inference.chat_input import ChatCompleter, make_private, typed_lines
 from omniform.inference.terminal import Screen
 from omniform.modeling.folder import save_model_folder
 from omniform.tokenizers.audio_files import read_audio
@@ -117,6 +118,7 @@ def test_a_conversation_in_a_terminal(folder: Path, tmp_path: Path) -> None:
 def test_ctrl_c_empties_a_line_then_warns_then_leaves(tmp_path: Path) -> None:
     notes: list[str] = []
     history = tmp_path / "history"
+    history.touch(0o644)
     with create_pipe_input() as keys, create_app_session(input=keys):
         keys.send_text("never sent\x03/to image\rone\x1b\rtwo\r\x03three\r\x03\x03never sent\r")
         lines = list(typed_lines(lambda: "> ", ChatCompleter([], []), history, notes.append))
@@ -124,6 +126,19 @@ def test_ctrl_c_empties_a_line_then_warns_then_leaves(tmp_path: Path) -> None:
     assert len(notes) == 2
     assert "never sent" not in history.read_text()
     assert history.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_history_is_a_file_of_the_user(tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path, "is no plain file"),
+        (Path(os.devnull), "is no plain file"),
+        (tmp_path / "nowhere" / "history", "cannot be written: No such file or directory"),
+    ):
+        with pytest.raises(OmniformError, match=f"--history {re.escape(str(path))}:? {message}"):
+            make_private(path)
+    assert os.stat(os.devnull).st_mode & 0o222
+    make_private(tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_terminal_is_shown_pictures_unless_it_cannot_or_should_not(tmp_path: Path) -> None:
