@@ -6,6 +6,7 @@ for multimodal models (arXiv:1911.03393, section 4.1: there each digit with 20 o
 one of each folder).
 """
 
+import bisect
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -79,9 +80,11 @@ class JoinedSource:
     """Samples of one folder, each with the spans of one sample of every partner that has the same labels.
 
     Which one is drawn once for all, by keyed numbers: samples stay as many, and are the same in every epoch and run.
+    It is drawn among all with these labels, so that one that cannot be decoded leaves holes and changes no other pair.
+    A sample is paired with itself only where no other has its labels.
 
     Attributes:
-        failures: those of the folder, and samples without a counterpart.
+        failures: those of the folder, and samples without a counterpart, or whose counterpart cannot be used.
 
     Raises:
         DataError: no sample at all has a counterpart in a partner.
@@ -124,28 +127,40 @@ class JoinedSource:
         return (self.base, sample, place) if place < n_own else self._joined[sample][place - n_own]
 
     def _join(self, number: int, partner: Partner) -> None:
-        source, alike = partner.source, dict[str, list[tuple[int, list[int]]]]()
-        for sample, label in enumerate(partner.theirs):
-            modalities = [modality for modality, _ in source.spans(sample)]
-            places = [place for place, modality in enumerate(modalities) if modality in partner.modalities]
-            if label is not None and places:
-                alike.setdefault(label, []).append((sample, places))
+        source, alike = partner.source, dict[str, list[int]]()
+        for its_sample, label in enumerate(partner.theirs):
+            if label is not None:
+                alike.setdefault(label, []).append(its_sample)
         chosen = keyed_bits(stream("data/join"), number, np.arange(len(self.base)))
-        matched = 0
+        same, matched = source.digest == self.base.digest, 0
         for sample, label in enumerate(partner.ours):
             candidates = [] if label is None else alike.get(label, [])
+            why = f"{source.folder} has nothing with the labels {label}"
             if candidates:
-                its_sample, places = candidates[int(chosen[sample] % len(candidates))]
-                self._joined[sample] += [(source, its_sample, place) for place in places]
-                matched += 1
-            else:
-                message = f"{self.describe(sample)}: {source.folder} has nothing with the labels {label}"
-                self.failures.setdefault(sample, Failure(sample, None, "unpaired", message))
+                its_sample = _draw(candidates, int(chosen[sample]), sample if same else None)
+                modalities = [modality for modality, _ in source.spans(its_sample)]
+                places = [place for place, modality in enumerate(modalities) if modality in partner.modalities]
+                if places:
+                    self._joined[sample] += [(source, its_sample, place) for place in places]
+                    matched += 1
+                    continue
+                why = f"it has no {' or '.join(partner.modalities)} from {source.describe(its_sample)}"
+            message = f"{self.describe(sample)}: {why}"
+            self.failures.setdefault(sample, Failure(sample, None, "unpaired", message))
         if not matched:
             raise DataError(
                 f"no sample of {self.folder} has a counterpart with {' or '.join(partner.modalities)} in "
                 f"{source.folder}: look at `by`, whose keys both have to say with equal values"
             )
+
+
+def _draw(candidates: Sequence[int], number: int, without: int | None) -> int:
+    """Return one of the candidates, which ascend, but `without` only if it is the only one."""
+    own = len(candidates) if without is None else bisect.bisect_left(candidates, without)
+    if len(candidates) == 1 or own == len(candidates) or candidates[own] != without:
+        return candidates[number % len(candidates)]
+    place = number % (len(candidates) - 1)
+    return candidates[place + (place >= own)]
 
 
 def open_source(config: SourceConfig, tokenizers: Mapping[str, Modality[Any]], cache_dir: Path) -> Source:
