@@ -73,12 +73,17 @@ def build_vocabulary(tokenizers: Mapping[str, Modality]) -> Vocabulary:
 
 
 def check_place_embeddings(config: ModelConfig, tokenizers: Mapping[str, Modality]) -> None:
-    """Refuse learnt places for spans of free length, or of other lengths than those of the tokenizers.
+    """Refuse learnt places for other modalities, or for spans of free length or other lengths than the tokenizers'.
 
     Raises:
         ModelFolderError: the first such modality.
     """
     for name, size in config.place_embeddings.items():
+        if name not in tokenizers:
+            raise ModelFolderError(
+                f"model.place_embeddings.{name} is for no modality of the model, whose tokenizers are for "
+                f"{', '.join(sorted(tokenizers))}"
+            )
         grid = tokenizers[name].fixed_grid
         if grid is None or math.prod(grid) != size:
             length = "spans of free length" if grid is None else f"{math.prod(grid)} tokens"

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from omniform.data.loader import TrainingData
+from omniform.data.mixture import SourceConfig
 from omniform.data.token_source import count_samples
 from omniform.errors import OmniformError
 from omniform.modeling.config import parse_config
@@ -55,12 +56,12 @@ def train(
     config.accumulation(world_size)
     tokenizers = {name: _load_tokenizer(name, folder) for name, folder in config.tokenizers.items()}
     vocabulary = build_vocabulary(tokenizers)
+    check_place_embeddings(config.model, tokenizers)
+    n_samples = _count_samples(config)
     if dry_run:
         with torch.device("meta"):
             model = UnifiedModel(config.model, vocabulary)
         config.check_loss_terms(model.term_weights)
-        check_place_embeddings(config.model, tokenizers)
-        n_samples = sum(count_samples(source.path, source.index_dir) for source in config.data.sources)
         figures = forecast(model, config, world_size, free_disk=_free_disk(out))
         if is_first_process():
             print(figures.text(n_samples))
@@ -69,7 +70,6 @@ def train(
     torch.manual_seed(config.seed)
     model = UnifiedModel(config.model, vocabulary)
     config.check_loss_terms(model.term_weights)
-    check_place_embeddings(config.model, tokenizers)
     open_run_folder(out, config, fresh=fresh)
     data = TrainingData(
         config.data,
@@ -109,7 +109,7 @@ def model_card(config: TrainConfig, model: UnifiedModel) -> str:
     """Return README.md of the model folder."""
     n_parameters = sum(p.numel() for p in model.parameters())
     modalities = ", ".join(model.vocabulary.names)
-    sources = [f"- `{s.path}`: {', '.join(s.tasks)}" for s in config.data.sources]
+    sources = [f"- {_describe(source)}: {', '.join(source.tasks)}" for source in config.data.sources]
     decoder = config.model.decoder
     objectives = ", ".join(f"{name}: {o.kind}" for name, o in config.model.objectives.items())
     return "\n".join(
@@ -132,6 +132,21 @@ def model_card(config: TrainConfig, model: UnifiedModel) -> str:
             "",
         ]
     )
+
+
+def _count_samples(config: TrainConfig) -> int:
+    """Return how many samples the sources hold; folders that are joined have to be readable too."""
+    n_samples = 0
+    for source in config.data.sources:
+        n_samples += count_samples(source.path, source.index_dir)
+        for other in source.join:
+            count_samples(other.path, other.index_dir)
+    return n_samples
+
+
+def _describe(source: SourceConfig) -> str:
+    joined = (f"{' and '.join(other.modalities)} of `{other.path}`" for other in source.join)
+    return ", with ".join([f"`{source.path}`", *joined])
 
 
 def _read(path: Path) -> str:

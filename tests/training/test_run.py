@@ -20,9 +20,10 @@ from omniform.modeling.config import parse_config
 from omniform.modeling.folder import LoadedModel
 from omniform.modeling.model import UnifiedModel
 from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from omniform.tokenizers.vocabulary import Vocabulary
 from omniform.training.config import FitConfig, TrainConfig
 from omniform.training.forecast import forecast
-from omniform.training.run import train
+from omniform.training.run import model_card, train
 from omniform.training.run_folder import LOCK, RunFolderError, open_run_folder
 from omniform.training.tokenizer_task import train_tokenizer
 
@@ -154,6 +155,18 @@ def test_a_run_of_stages_learns_documents_when_it_should_and_resumes_in_either_s
             assert (out / name).read_bytes() == (tmp_path / "never" / name).read_bytes()
 
 
+def test_model_card_names_what_was_joined(config_file: Path) -> None:
+    join = "[{path: a, by: [digit], modalities: [image, text]}, {path: b, by: [digit], modalities: [image]}]"
+    config = parse_config(TrainConfig, config_file.read_text(), [f"data.sources.0.join={join}"])
+    image = ImageTokenizer.load(config.tokenizers["image"])
+    with torch.device("meta"):
+        model = UnifiedModel(config.model, Vocabulary(300, {"image": image.representation}, []))
+    path = config.data.sources[0].path
+    assert f"- `{path}`, with image and text of `a`, with image of `b`: text->image, image->text" in model_card(
+        config, model
+    )
+
+
 def test_dry_run_shows_the_stages(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [*with_documents(config_file), "optim.lr=0.1", "optim.schedule=constant"]
     train(config_file, overrides, tmp_path / "run", dry_run=True)
@@ -247,6 +260,8 @@ def test_forecast_holds_the_experts_of_every_modality_and_runs_one_per_row(
         ("rows_per_step=0", "rows_per_step: .*greater than or equal to 1"),
         ("tokenizers.image=/nowhere", "/nowhere"),
         ("model.objectives={text: next_token}", "model.objectives is for"),
+        ("model.place_embeddings={smell: 4}", r"model\.place_embeddings\.smell is for no modality .* image, text"),
+        ("data.sources.0.join=[{path: /nowhere, by: [digit], modalities: [image]}]", "/nowhere"),
         ("name=..", "name: String should match"),
         ("seed=9223372036854775808", "seed: .*less than 9223372036854775808"),
         ("engine={zero_stage: 0, precision: bf16}", "bf16 at zero_stage 0"),
