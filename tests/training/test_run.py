@@ -162,7 +162,7 @@ def test_model_card_names_what_was_joined(config_file: Path) -> None:
     with torch.device("meta"):
         model = UnifiedModel(config.model, Vocabulary(300, {"image": image.representation}, []))
     path = config.data.sources[0].path
-    assert f"- `{path}`, with image and text of `a`, with image of `b`: text->image, image->text" in model_card(
+    assert f"- `{path}`, with image and text of `a`, with image of `b`: image->text, text->image" in model_card(
         config, model
     )
 
