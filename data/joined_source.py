@@ -9,14 +9,15 @@ one of each folder).
 import bisect
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from omniform.data.mixture import SourceConfig
+from omniform.data.mixture import SourceConfig, modalities_of
 from omniform.data.schema import DataError
 from omniform.data.token_shards import Failure
 from omniform.data.token_source import TokenSource
@@ -85,6 +86,7 @@ class JoinedSource:
 
     Attributes:
         failures: those of the folder, and samples without a counterpart, or whose counterpart cannot be used.
+        repeated: modalities that more than one of the folders gives; see `check_tasks`.
 
     Raises:
         DataError: no sample at all has a counterpart in a partner.
@@ -96,6 +98,9 @@ class JoinedSource:
         self._joined: list[list[tuple[TokenSource, int, int]]] = [[] for _ in range(len(base))]
         for number, partner in enumerate(partners):
             self._join(number, partner)
+        own = {modality for sample in range(len(base)) for modality, _ in base.spans(sample)}
+        given = Counter([*own, *(modality for partner in partners for modality in {*partner.modalities})])
+        self.repeated = frozenset(modality for modality, n_folders in given.items() if n_folders > 1)
         described = [[partner.source.digest, *partner.modalities] for partner in partners]
         self.digest = hashlib.sha256(json.dumps([base.digest, described]).encode()).hexdigest()
 
@@ -163,18 +168,49 @@ def _draw(candidates: Sequence[int], number: int, without: int | None) -> int:
     return candidates[place + (place >= own)]
 
 
-def open_source(config: SourceConfig, tokenizers: Mapping[str, Modality[Any]], cache_dir: Path) -> Source:
-    """Open what a `SourceConfig` describes; see `TokenSource`.
+def open_sources(
+    configs: Sequence[SourceConfig], tokenizers: Mapping[str, Modality[Any]], cache_dir: Path
+) -> list[Source]:
+    """Open what `SourceConfig`s describe, each folder once however often it is named; see `TokenSource`.
 
     Raises:
         DataError: see `TokenSource` and `JoinedSource`.
     """
-    if not config.join:
-        return TokenSource(config.path, tokenizers, cache_dir, config.index_dir)
-    keys = sorted({key for other in config.join for key in other.by})
-    base = TokenSource(config.path, tokenizers, cache_dir, config.index_dir, labels=keys)
-    partners = []
-    for other in config.join:
-        source = TokenSource(other.path, tokenizers, cache_dir, other.index_dir, labels=other.by)
-        partners.append(Partner(source, base.labels_by(other.by), source.labels_by(other.by), other.modalities))
-    return JoinedSource(base, partners)
+    labels = dict[tuple[Path, Path | None], set[str]]()
+    for config in configs:
+        keys = labels.setdefault((config.path, config.index_dir), set())
+        for other in config.join:
+            keys.update(other.by)
+            labels.setdefault((other.path, other.index_dir), set()).update(other.by)
+    opened = {
+        (path, index_dir): TokenSource(path, tokenizers, cache_dir, index_dir, labels=sorted(keys))
+        for (path, index_dir), keys in labels.items()
+    }
+    sources: list[Source] = []
+    for config in configs:
+        base, partners = opened[config.path, config.index_dir], []
+        for other in config.join:
+            source = opened[other.path, other.index_dir]
+            partners.append(Partner(source, base.labels_by(other.by), source.labels_by(other.by), other.modalities))
+        sources.append(JoinedSource(base, partners) if partners else base)
+    return sources
+
+
+def check_tasks(source: Source, tasks: Iterable[str]) -> None:
+    """Refuse a task for which two folders of a joined source would give spans of one modality.
+
+    "X->X" may: it gives the span of the one and learns that of the other.
+
+    Raises:
+        DataError: the first such task.
+    """
+    repeated = source.repeated if isinstance(source, JoinedSource) else frozenset()
+    for task in tasks:
+        given, learnt = modalities_of(task)
+        named = set(given) | set(learnt) if given else repeated
+        if (twice := sorted(named & repeated)) and (not given or given != learnt):
+            raise DataError(
+                f"{source.folder}: the task {task} would take {' and '.join(twice)} of several folders for one "
+                f"sample, where {twice[0]}->{twice[0]} alone can: leave it out of `join.modalities`, or join a folder "
+                "without it"
+            )

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from omniform.data.joined_source import open_source
+from omniform.data.joined_source import check_tasks, open_sources
 from omniform.data.mixture import INTERLEAVED, WINDOW, DataConfig, DataStage, Draws, Mixture, arrange, modalities_of
 from omniform.data.packing import first_fit
 from omniform.data.schema import DataError
@@ -83,8 +83,8 @@ class TrainingData:
         stages: ascending from step 0, with the sources of `config` under other weights and tasks.
 
     Raises:
-        DataError: a source that cannot be read, a task that no sample serves, a weight too small to be drawn in any
-            stage, or a document longer than a row.
+        DataError: a source that cannot be read, a task that no sample serves or that is ambiguous, a weight too small to
+            be drawn in any stage, or a document longer than a row.
     """
 
     def __init__(
@@ -106,7 +106,10 @@ class TrainingData:
             for source in stage.config.sources:
                 for task in source.tasks:
                     _check_modalities(source.path, task, tokenizers)
-        self.sources = [open_source(source, tokenizers, cache_dir) for source in config.sources]
+        self.sources = open_sources(config.sources, tokenizers, cache_dir)
+        for stage in self.stages:
+            for opened, source in zip(self.sources, stage.config.sources, strict=True):
+                check_tasks(opened, source.tasks)
         self._table = lru_cache(maxsize=None)(self._document_lengths)
         self._lengths = [
             [self._table(place, tuple(source.tasks)) for place, source in enumerate(stage.config.sources)]

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from omniform.data.joined_source import JoinedSource, Partner, Source, open_source
+from omniform.data.joined_source import JoinedSource, Partner, Source, check_tasks, open_sources
 from omniform.data.loader import TrainingData
-from omniform.data.mixture import DataConfig, JoinConfig, SourceConfig, arrange
+from omniform.data.mixture import DataConfig, DataStage, JoinConfig, SourceConfig, arrange
 from omniform.data.schema import DataError, RawSample, RawSpan
 from omniform.data.shards import ShardWriter
 from omniform.data.token_source import TokenSource
@@ -54,10 +54,15 @@ def config(texts: Path, images: Path, **changes: Any) -> SourceConfig:
     return SourceConfig(**{"path": texts, "join": (join,), "tasks": {"text->image": 1.0}, **changes})
 
 
+def open_one(configured: SourceConfig, tokenizers: dict[str, Modality], cache: Path) -> Source:
+    [source] = open_sources([configured], tokenizers, cache)
+    return source
+
+
 def test_every_sample_is_given_a_counterpart_with_its_label_or_is_a_hole(
     folders: tuple[Path, Path], tokenizers: dict[str, Modality], tmp_path: Path
 ) -> None:
-    source = open_source(config(*folders), tokenizers, tmp_path / "cache")
+    source = open_one(config(*folders), tokenizers, tmp_path / "cache")
     assert len(source) == N_TEXTS + 1
     used = set()
     for sample in range(len(source)):
@@ -76,7 +81,7 @@ def test_every_sample_is_given_a_counterpart_with_its_label_or_is_a_hole(
     assert all(m.endswith("it has no image from " + f"{folders[1]}/000000.tar, sample i004") for m in holes[N_TEXTS:])
     assert 4 not in used
     assert len(used) > N_IMAGES // 2
-    again = open_source(config(*folders), tokenizers, tmp_path / "cache")
+    again = open_one(config(*folders), tokenizers, tmp_path / "cache")
     assert again.digest == source.digest
     for sample in set(range(len(source))) - set(source.failures):
         assert torch.equal(again.tokens(sample, 1).codes, source.tokens(sample, 1).codes)
@@ -128,7 +133,7 @@ def test_partners_that_cannot_be_read_change_no_other_pair(
     found = []
     for name, broken in (("whole", set[int]()), ("damaged", damaged)):
         write(tmp_path / name, [picture(n, {"digit": n % 3}, damaged=n in broken) for n in range(N_IMAGES)])
-        source = open_source(config(tmp_path / "texts", tmp_path / name), tokenizers, tmp_path / "cache")
+        source = open_one(config(tmp_path / "texts", tmp_path / name), tokenizers, tmp_path / "cache")
         found.append(pairs(source, tokenizers))
     whole, left = found
     assert len(whole) == len(texts)
@@ -145,7 +150,7 @@ def test_no_sample_is_paired_with_itself_where_there_is_another(
     tokenizers: dict[str, Modality], tmp_path: Path
 ) -> None:
     images = write(tmp_path / "images", [picture(n, {"digit": n % 5 if n < 20 else n}) for n in range(21)])
-    source = open_source(config(images, images, tasks={"image->image": 1.0}), tokenizers, tmp_path / "cache")
+    source = open_one(config(images, images, tasks={"image->image": 1.0}), tokenizers, tmp_path / "cache")
     found = pairs(source, tokenizers)
     assert found.pop(20) == [20, 20]  # the only one of its label
     assert len(found) == 20
@@ -165,12 +170,78 @@ def test_samples_that_one_of_two_partners_has_no_label_of_are_holes(
         JoinConfig(path=tmp_path / "words", by=("hue",), modalities=("text",)),
     )
     configured = config(tmp_path / "texts", images, join=join, tasks={"text->text": 1.0})
-    source = open_source(configured, tokenizers, tmp_path / "cache")
+    source = open_one(configured, tokenizers, tmp_path / "cache")
     found = pairs(source, tokenizers)
     assert sorted(source.failures) == [n for n in range(24) if n % 3 == 2]
     assert {failure.reason for failure in source.failures.values()} == {"unpaired"}
     for sample, (text, image, word) in found.items():
         assert (text, image % 4, int(word[1:]) % 2) == (str(sample), sample % 4, sample % 3)
+
+
+def test_a_folder_that_is_named_several_times_is_opened_once(
+    folders: tuple[Path, Path], tokenizers: dict[str, Modality], tmp_path: Path
+) -> None:
+    texts, images = folders
+    by_other = JoinConfig(path=texts, by=("other",), modalities=("text",))
+    configs = [
+        config(texts, images),
+        config(texts, images, join=()),
+        config(texts, images, join=(by_other,), tasks={"text->text": 1.0}),
+    ]
+    joined, plain, by_itself = open_sources(configs, tokenizers, tmp_path / "cache")
+    assert isinstance(joined, JoinedSource)
+    assert isinstance(by_itself, JoinedSource)
+    assert joined.base is by_itself.base is plain
+    for configured, source in zip(configs, (joined, plain, by_itself), strict=True):
+        alone = open_one(configured, tokenizers, tmp_path / "cache")
+        assert alone.digest == source.digest
+        assert pairs(alone, tokenizers) == pairs(source, tokenizers)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "refused"),
+    [
+        (["text->text"], None),
+        (["text->image"], "text->image"),
+        (["text->text", "image->text"], "image->text"),
+        (["interleaved"], "interleaved"),
+        (["image->image"], None),
+    ],
+)
+def test_tasks_that_would_take_spans_of_one_modality_from_two_folders_are_refused(
+    folders: tuple[Path, Path],
+    tokenizers: dict[str, Modality],
+    byte_vocabulary: Vocabulary,
+    objectives: dict[str, Any],
+    tmp_path: Path,
+    tasks: list[str],
+    refused: str | None,
+) -> None:
+    join = (JoinConfig(path=folders[1], by=("digit",), modalities=("image", "text")),)
+    source = open_one(config(*folders, join=join), tokenizers, tmp_path / "cache")
+    assert isinstance(source, JoinedSource)
+    assert source.repeated == {"text"}
+    plain = config(*folders, join=())
+    check_tasks(open_one(plain, tokenizers, tmp_path / "cache"), tasks)
+    if refused is None:
+        check_tasks(source, tasks)
+        return
+    with pytest.raises(DataError, match=f"the task {refused} would take text of several folders"):
+        check_tasks(source, tasks)
+    # A stage's tasks are looked at too.
+    sources = tuple(config(*folders, join=join, tasks=dict.fromkeys(own, 1.0)) for own in (["text->text"], tasks))
+    stages = [DataStage(n, DataConfig(sources=(own,), row_length=64)) for n, own in enumerate(sources)]
+    with pytest.raises(DataError, match=f"the task {refused} would take"):
+        TrainingData(
+            stages[0].config,
+            tokenizers,
+            byte_vocabulary,
+            objectives,
+            seed=0,
+            cache_dir=tmp_path / "cache",
+            rows_per_step=4,
+            stages=stages,
+        )
 
 
 def test_what_cannot_be_joined_is_refused(
