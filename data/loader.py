@@ -83,8 +83,8 @@ class TrainingData:
         stages: ascending from step 0, with the sources of `config` under other weights and tasks.
 
     Raises:
-        DataError: a source that cannot be read, a task that no sample serves or that is ambiguous, a weight too small to
-            be drawn in any stage, or a document longer than a row.
+        DataError: a source that cannot be read, a task that no sample serves or that is ambiguous, a weight too small
+            to be drawn in any stage, or a document longer than a row.
     """
 
     def __init__(
