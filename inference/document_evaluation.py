@@ -14,7 +14,7 @@ from omniform.data.shards import ShardReader
 from omniform.errors import OmniformError
 from omniform.inference.generate import Model
 from omniform.inference.judges import digit_of_text, wilson_interval
-from omniform.inference.protocol import ANY, ContentPart, DataPart, Reply, TextPart
+from omniform.inference.protocol import ANY, ContentPart, DataPart, ImagePart, Reply, TextPart
 
 CHANCE = 0.1
 # What follows the first text of the longest documents, and room to show that a model does not end.
@@ -119,7 +119,15 @@ def _count_freely(model: Model, counting: Sequence[RawSample], digits_of: Digits
     drawn = iter(digits_of(images).tolist() if images else [])
     found = []
     for document, prompt, reply in zip(counting, beginnings, replies, strict=True):
-        judged = [digit_of_text(part.text) if isinstance(part, TextPart) else next(drawn) for part in reply.parts]
+        judged = [
+            digit_of_text(part.text)
+            if isinstance(part, TextPart)
+            # A model of more modalities may choose one that no document has: it names no digit here.
+            else next(drawn)
+            if isinstance(part, ImagePart)
+            else None
+            for part in reply.parts
+        ]
         # The first picture is of the first text's digit; each text and the picture after it are of the next one.
         first = document.metadata["digits"][0]
         expected = [(first + (place + 1) // 2) % 10 for place in range(len(judged))]

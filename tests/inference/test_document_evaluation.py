@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from omniform.data.digits import build_digits
@@ -16,9 +17,11 @@ from omniform.errors import OmniformError
 from omniform.inference.document_evaluation import evaluate_documents
 from omniform.inference.generate import Model
 from omniform.inference.judges import digit_of_text
-from omniform.inference.protocol import ContentPart, ImagePart, Reply, TextPart
+from omniform.inference.protocol import ContentPart, ImagePart, Reply, SpeechPart, TextPart
+from omniform.tokenizers.audio_files import Audio
 
-Rule = Callable[[list[ContentPart], Any], Sequence[int | str]]
+SOUND = Audio(torch.zeros(10), 16000)
+Rule = Callable[[list[ContentPart], Any], Sequence[int | str | Audio]]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,9 @@ class Ruled(Model):
         return [Reply(tuple(map(self._part, self.rule(prompt, to))), seed) for prompt in listed]
 
     @staticmethod
-    def _part(content: int | str) -> ContentPart:
+    def _part(content: int | str | Audio) -> ContentPart:
+        if isinstance(content, Audio):
+            return SpeechPart(content)
         return TextPart(content) if isinstance(content, str) else ImagePart(Image.new("L", (2, 2), content))
 
 
@@ -111,11 +116,13 @@ def test_naming_drawing_and_agreeing_are_told_apart(
     assert figures["free"]["turns"]["accuracy"] == 0.0  # two parts are no document
 
 
-@pytest.mark.parametrize("free", [[], ["one"], [1, 2, 3], [1, "one", 1, "one"], [1, "one"] * 4 + [1]])
+@pytest.mark.parametrize(
+    "free", [[], ["one"], [1, 2, 3], [1, "one", SOUND], [1, "one", 1, "one"], [1, "one"] * 4 + [1]]
+)
 def test_only_pictures_and_texts_in_turns_that_end_in_time_are_documents(
-    omni: Model, documents: Path, free: list[int | str]
+    omni: Model, documents: Path, free: list[int | str | Audio]
 ) -> None:
-    def rule(prompt: list[ContentPart], to: Any) -> Sequence[int | str]:
+    def rule(prompt: list[ContentPart], to: Any) -> Sequence[int | str | Audio]:
         return free if to == "any" else perfect(prompt, to)
 
     figures, shown = evaluate_documents(Ruled(omni, rule), documents, digits_of, limit=5)
