@@ -107,8 +107,10 @@ class PseudoTerminal:
         return status
 
     def _read(self) -> None:
-        """Take what the program has written, waiting for it a moment."""
-        while select.select([self._master], [], [], 0.05)[0]:
+        """Take what the program has written, until it pauses: keys that come while it draws can get lost. A program
+        that writes on and on is not waited for."""
+        end = time.monotonic() + 0.5
+        while select.select([self._master], [], [], 0.05)[0] and time.monotonic() < end:
             written = os.read(self._master, 2**16)
             self.output += written
             self._stream.feed(written)
