@@ -57,7 +57,7 @@ def uncached(model: UnifiedModel, prompt: Part) -> list[int]:
         for row, sequence in enumerate(sequences):
             start = sequence.spans[-1].start
             token_ids[row, start : start + n_codes] = state.token_ids
-        hidden = model.hidden(token_ids, batch.modality_ids, batch.places, batch.position_ids, batch.pattern)
+        hidden = model.hidden(token_ids, batch.modality_ids, batch.span_positions, batch.position_ids, batch.pattern)
         rows = [hidden[i, s.spans[-1].start : s.spans[-1].start + n_codes] for i, s in enumerate(sequences)]
         conditional, unconditional = model.logits(torch.cat(rows), ids).split(n_codes)
         logits = guide(conditional, unconditional, SETTINGS.guidance_scale)

@@ -119,8 +119,10 @@ class Engine:
         batch = pack([[] if new is None else [new] for new in rows], max(lengths), self.model.vocabulary)
         new_pattern = batch.pattern.to(device)
         token_ids, modality_ids = batch.token_ids.to(device), batch.modality_ids.to(device)
-        places, position_ids = batch.places.to(device), batch.position_ids.to(device)
-        hidden = self.model.hidden(token_ids, modality_ids, places, position_ids, cache.covering(new_pattern), cache)
+        span_positions, position_ids = batch.span_positions.to(device), batch.position_ids.to(device)
+        hidden = self.model.hidden(
+            token_ids, modality_ids, span_positions, position_ids, cache.covering(new_pattern), cache
+        )
         if commit:
             cache.commit(new_pattern)
             for branch, length in zip(branches, lengths, strict=True):

@@ -70,7 +70,15 @@ class Branch:
     def _rows(self, count: int) -> MultimodalSequence:
         assert self._layout is not None
         cut = slice(self.n_committed, self.n_committed + count)
-        arrays = ("token_ids", "modality_ids", "places", "position_ids", "block_ids", "bidirectional", "private")
+        arrays = (
+            "token_ids",
+            "modality_ids",
+            "span_positions",
+            "position_ids",
+            "block_ids",
+            "bidirectional",
+            "private",
+        )
         return MultimodalSequence(**{name: getattr(self._layout, name)[cut] for name in arrays}, spans=())
 
 

@@ -51,12 +51,12 @@ class DocumentMask:
     """All documents of a packed batch: rows outside every document (padding) get zeros.
 
     Attributes:
-        places: of each of the flattened (B * L) rows among those of all batches, laid end to end and followed by one
+        sources: of each of the flattened (B * L) rows among those of all batches, laid end to end and followed by one
             row of zeros, which is the place of padding.
     """
 
     batches: tuple[DocumentBatch, ...]
-    places: Int[Tensor, "R"]
+    sources: Int[Tensor, "R"]
 
 
 Mask = DenseMask | DocumentMask
@@ -116,7 +116,7 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask, gro
         found = _attend(doc_q, _share(doc_k, group), _share(doc_v, group), documents.allowed)
         attended.append(found.transpose(1, 2).reshape(-1, heads * head_dim))
     attended.append(torch.zeros_like(attended[0][:1]))
-    out = torch.cat(attended).index_select(0, mask.places)
+    out = torch.cat(attended).index_select(0, mask.sources)
     return out.view(batch, length, heads, head_dim).transpose(1, 2)
 
 

@@ -88,7 +88,7 @@ class AttentionPattern:
         lengths = stops - starts
         batches: list[DocumentBatch] = []
         n_laid = 0
-        places = torch.full((batch * length,), -1, device=device)
+        sources = torch.full((batch * length,), -1, device=device)
         widths = 16 * torch.ceil(lengths / 16).to(torch.int64)
         for width in torch.unique(widths).tolist():
             chosen = widths == width
@@ -103,6 +103,6 @@ class AttentionPattern:
             )
             batches.append(DocumentBatch(rows, documents.allowed()[:, None]))
             laid = n_laid + torch.arange(rows.numel(), device=device).view_as(rows)
-            places[rows[present]] = laid[present]
+            sources[rows[present]] = laid[present]
             n_laid += rows.numel()
-        return DocumentMask(tuple(batches), torch.where(places < 0, n_laid, places))
+        return DocumentMask(tuple(batches), torch.where(sources < 0, n_laid, sources))

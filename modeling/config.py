@@ -95,8 +95,8 @@ class ModelConfig:
 
     Attributes:
         objectives: by modality; text must be among them.
-        place_embeddings: by modality, the most tokens of its spans: each place has a learnt vector beside the rotary
-            positions; see `PlaceEmbedding`. For modalities of a fixed grid.
+        position_embeddings: by modality, the most tokens of its spans: each position has a learnt vector beside the
+            rotary positions; see `PositionEmbedding`. For modalities of a fixed grid.
         z_loss: weight of log(Z)^2 in every discrete loss.
         next_span_weight: weight of predicting which modality follows a span, learnt from interleaved documents; 0
             learns none of it, and then the order of a reply's parts must always be asked for.
@@ -104,7 +104,7 @@ class ModelConfig:
 
     decoder: DecoderConfig = DecoderConfig()
     objectives: dict[str, AnyObjective]
-    place_embeddings: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    position_embeddings: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     z_loss: float = Field(default=0.0, ge=0)
     next_span_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 

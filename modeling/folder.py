@@ -72,16 +72,16 @@ def build_vocabulary(tokenizers: Mapping[str, Modality]) -> Vocabulary:
     return Vocabulary(text_size, sizes, [name for name in sizes if tokenizers[name].fixed_grid is None])
 
 
-def check_place_embeddings(config: ModelConfig, tokenizers: Mapping[str, Modality]) -> None:
-    """Refuse learnt places for other modalities, or for spans of free length or other lengths than the tokenizers'.
+def check_position_embeddings(config: ModelConfig, tokenizers: Mapping[str, Modality]) -> None:
+    """Refuse learnt positions for other modalities, or for spans of free length or other lengths than the tokenizers'.
 
     Raises:
         ModelFolderError: the first such modality.
     """
-    for name, size in config.place_embeddings.items():
+    for name, size in config.position_embeddings.items():
         if name not in tokenizers:
             raise ModelFolderError(
-                f"model.place_embeddings.{name} is for no modality of the model, whose tokenizers are for "
+                f"model.position_embeddings.{name} is for no modality of the model, whose tokenizers are for "
                 f"{', '.join(sorted(tokenizers))}"
             )
         grid = tokenizers[name].fixed_grid
@@ -89,7 +89,7 @@ def check_place_embeddings(config: ModelConfig, tokenizers: Mapping[str, Modalit
             length = "spans of free length" if grid is None else f"{math.prod(grid)} tokens"
             advice = "leave it out" if grid is None else f"give {math.prod(grid)}"
             raise ModelFolderError(
-                f"model.place_embeddings.{name} is {size}, but its tokenizer makes {length}: {advice}"
+                f"model.position_embeddings.{name} is {size}, but its tokenizer makes {length}: {advice}"
             )
 
 
@@ -181,7 +181,7 @@ def load_model_folder(folder: Path) -> LoadedModel:
             )
     with torch.device("meta"):
         model = UnifiedModel(config, vocabulary)
-    check_place_embeddings(config, tokenizers)
+    check_position_embeddings(config, tokenizers)
     try:
         weights = load_file(folder / "model.safetensors")
         model.load_state_dict(weights, strict=True, assign=True)

@@ -38,7 +38,7 @@ class DiscreteInterface(nn.Module):
         return self.head(hidden, ids)
 
 
-class PlaceEmbedding(nn.Module):
+class PositionEmbedding(nn.Module):
     """A learnt vector for each place of a span, of the modalities that have one; zero for rows of all others.
 
     Rotary positions tell rows how they lie to each other. Masked rows, whose ids are all the same, and codes that mean
@@ -53,11 +53,11 @@ class PlaceEmbedding(nn.Module):
         super().__init__()
         self.tables = nn.ModuleDict({str(modality): nn.Embedding(1 + size, dim) for modality, size in sizes.items()})
 
-    def forward(self, modality_ids: Int[Tensor, "B N"], places: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+    def forward(self, modality_ids: Int[Tensor, "B N"], span_positions: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
         """Return the vector of each row.
 
         Args:
-            places: 0 for the begin marker, then 1, 2, ...
+            span_positions: 0 for the begin marker, then 1, 2, ...
 
         Raises:
             IndexError: a span is longer than its modality's table (on a CPU; an assertion of the device elsewhere).
@@ -65,5 +65,5 @@ class PlaceEmbedding(nn.Module):
         found = []
         for modality, table in self.tables.items():
             own = modality_ids == int(modality)
-            found.append(table(places.masked_fill(~own, 0)) * own[..., None])
+            found.append(table(span_positions.masked_fill(~own, 0)) * own[..., None])
         return torch.stack(found).sum(dim=0)

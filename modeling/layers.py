@@ -88,13 +88,13 @@ class Routes:
         order: rows, flat, those of the first expert first.
         counts: number of rows of each expert.
         calls: number of rows with which each expert is called; while training a row of zeros stands in for none.
-        places: where each row's result lies among those of all calls.
+        sources: where each row's result lies among those of all calls.
     """
 
     order: Int[Tensor, "N"]
     counts: Sequence[int]
     calls: Sequence[int]
-    places: Int[Tensor, "N"]
+    sources: Int[Tensor, "N"]
 
     @classmethod
     def of(cls, expert_ids: Int[Tensor, "*N"], n_experts: int) -> "Routes":
@@ -105,9 +105,9 @@ class Routes:
         calls = counts if torch.is_inference_mode_enabled() else counts.clamp(min=1)
         order = flat_ids.argsort(stable=True)
         added = (calls - counts).cumsum(0)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device) + added[flat_ids[order]]
-        return cls(order, counts.tolist(), calls.tolist(), places)
+        sources = torch.empty_like(order)
+        sources[order] = torch.arange(len(order), device=order.device) + added[flat_ids[order]]
+        return cls(order, counts.tolist(), calls.tolist(), sources)
 
 
 class ModalityExperts(nn.Module):
@@ -131,7 +131,7 @@ class ModalityExperts(nn.Module):
             for expert, own, n in zip(self.experts, rows[routes.order].split(routes.counts), routes.calls, strict=True)
             if n
         ]
-        return torch.cat(results)[routes.places].view_as(x)
+        return torch.cat(results)[routes.sources].view_as(x)
 
 
 class Block(nn.Module):

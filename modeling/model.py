@@ -12,7 +12,7 @@ from omniform.kernels.attention import MaskForm, preferred_form
 from omniform.modeling.attention_pattern import AttentionPattern
 from omniform.modeling.config import ConfigError, ModelConfig
 from omniform.modeling.decoder import Decoder
-from omniform.modeling.interfaces import DiscreteInterface, PlaceEmbedding
+from omniform.modeling.interfaces import DiscreteInterface, PositionEmbedding
 from omniform.modeling.layers import KeyValueCache
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.objectives.next_token import NextToken
@@ -60,7 +60,7 @@ class CorruptedBatch:
 
     token_ids: Int[Tensor, "B L"]
     modality_ids: Int[Tensor, "B L"]
-    places: Int[Tensor, "B L"]
+    span_positions: Int[Tensor, "B L"]
     position_ids: Int[Tensor, "B L 3"]
     pattern: AttentionPattern
     predictions: Mapping[str, Predictions]
@@ -75,7 +75,7 @@ class CorruptedBatch:
         return CorruptedBatch(
             self.token_ids.to(device),
             self.modality_ids.to(device),
-            self.places.to(device),
+            self.span_positions.to(device),
             self.position_ids.to(device),
             self.pattern.to(device),
             {modality: p.to(device) for modality, p in self.predictions.items()},
@@ -108,7 +108,9 @@ def corrupt(batch: PackedBatch, vocabulary: Vocabulary, objectives: Mapping[str,
     if len(rows):
         labels = following - vocabulary.next_span_range.start
         predictions[NEXT_SPAN] = Predictions(rows, labels, torch.ones(len(rows)), float(len(rows)))
-    return CorruptedBatch(token_ids, batch.modality_ids, batch.places, batch.position_ids, batch.pattern, predictions)
+    return CorruptedBatch(
+        token_ids, batch.modality_ids, batch.span_positions, batch.position_ids, batch.pattern, predictions
+    )
 
 
 class UnifiedModel(nn.Module):
@@ -125,15 +127,15 @@ class UnifiedModel(nn.Module):
                 f"model.objectives is for {sorted(config.objectives)}, but the tokenizers are for "
                 f"{sorted(vocabulary.names)}: give one objective per modality"
             )
-        if unknown := set(config.place_embeddings) - set(vocabulary.names):
+        if unknown := set(config.position_embeddings) - set(vocabulary.names):
             raise ConfigError(
-                f"model.place_embeddings is for {sorted(unknown)} too, but the tokenizers are for "
+                f"model.position_embeddings is for {sorted(unknown)} too, but the tokenizers are for "
                 f"{sorted(vocabulary.names)}: name modalities of the model"
             )
         self.config, self.vocabulary = config, vocabulary
         self.interface = DiscreteInterface(vocabulary.size, config.decoder.dim)
-        sizes = {vocabulary.place_of(name): size for name, size in config.place_embeddings.items()}
-        self.place_embedding = PlaceEmbedding(sizes, config.decoder.dim) if sizes else None
+        sizes = {vocabulary.place_of(name): size for name, size in config.position_embeddings.items()}
+        self.position_embedding = PositionEmbedding(sizes, config.decoder.dim) if sizes else None
         n_experts = len(vocabulary.names) if config.decoder.experts == "modality" else None
         self.decoder = Decoder(config.decoder, n_experts)
         self._initialize()
@@ -148,7 +150,7 @@ class UnifiedModel(nn.Module):
     def forward(self, batch: CorruptedBatch) -> dict[str, Float[Tensor, ""]]:
         """Return the loss SUM of every modality, in the vocabulary's order, then that of `NEXT_SPAN` if it is learnt;
         the counts are `batch.counts`."""
-        rows = (batch.token_ids, batch.modality_ids, batch.places, batch.position_ids)
+        rows = (batch.token_ids, batch.modality_ids, batch.span_positions, batch.position_ids)
         hidden = self.hidden(*rows, batch.pattern).flatten(0, 1)
         losses = {}
         for term in self.term_weights:
@@ -167,7 +169,7 @@ class UnifiedModel(nn.Module):
         self,
         token_ids: Int[Tensor, "B N"],
         modality_ids: Int[Tensor, "B N"],
-        places: Int[Tensor, "B N"],
+        span_positions: Int[Tensor, "B N"],
         position_ids: Int[Tensor, "B N 3"],
         pattern: AttentionPattern,
         cache: KeyValueCache | None = None,
@@ -176,7 +178,7 @@ class UnifiedModel(nn.Module):
 
         Args:
             modality_ids: place in the vocabulary of each row's modality; that of a masked row no id tells.
-            places: of each row in its span: 0 for the begin marker, then 1, 2, ...
+            span_positions: of each row in its span: 0 for the begin marker, then 1, 2, ...
             pattern: of the N rows; with a cache, of the cached rows followed by the N rows.
         """
         if cache is None:
@@ -184,8 +186,8 @@ class UnifiedModel(nn.Module):
         else:
             mask = pattern.render(MaskForm.DENSE, n_queries=token_ids.shape[1])
         embeddings = self.interface.embed(token_ids)
-        if self.place_embedding is not None:
-            embeddings = embeddings + self.place_embedding(modality_ids, places)
+        if self.position_embedding is not None:
+            embeddings = embeddings + self.position_embedding(modality_ids, span_positions)
         return self.decoder(embeddings, position_ids, mask, cache, modality_ids)
 
     def logits(self, hidden: Float[Tensor, "*M D"], ids: IdRange) -> Float[Tensor, "*M W"]:
@@ -205,8 +207,8 @@ class UnifiedModel(nn.Module):
         rows = torch.cat([begin, text_ids], dim=1)
         same, no = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
         positions = torch.arange(rows.shape[1], device=rows.device)[None, :, None].expand(rows.shape[0], -1, 3)
-        places = positions[..., 0]
-        hidden = self.hidden(rows, same, places, positions, AttentionPattern(same, same, no, no))[:, 1:]
+        span_positions = positions[..., 0]
+        hidden = self.hidden(rows, same, span_positions, positions, AttentionPattern(same, same, no, no))[:, 1:]
         return self.logits(hidden, IdRange(0, self.vocabulary.text_size))
 
     def _initialize(self) -> None:

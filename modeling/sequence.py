@@ -108,7 +108,7 @@ class MultimodalSequence:
 
     Attributes:
         modality_ids: place in the vocabulary of the modality of each row's span, its begin marker included.
-        places: of each row in its span: 0 for the begin marker, then 1, 2, ...
+        span_positions: of each row in its span: 0 for the begin marker, then 1, 2, ...
         next_spans: (row, id) pairs: the row ends a span, and the id is what follows it: the begin marker of the next
             span, or the vocabulary's `end` after the last. Empty unless the order of spans is learnt.
         noise_key: 64 bits that identify this sample's visit; keys its corruption.
@@ -116,7 +116,7 @@ class MultimodalSequence:
 
     token_ids: npt.NDArray[np.int64]
     modality_ids: npt.NDArray[np.int64]
-    places: npt.NDArray[np.int64]
+    span_positions: npt.NDArray[np.int64]
     position_ids: npt.NDArray[np.int64]
     block_ids: npt.NDArray[np.int64]
     bidirectional: npt.NDArray[np.bool_]
@@ -151,7 +151,7 @@ class MultimodalSequence:
         if not parts:
             raise SequenceError("a sequence needs at least one part")
         ids: list[npt.NDArray[np.int64]] = []
-        places: list[npt.NDArray[np.int64]] = []
+        span_positions: list[npt.NDArray[np.int64]] = []
         positions: list[npt.NDArray[np.int64]] = []
         blocks: list[tuple[int, int, bool, bool]] = []  # (rows, modality, bidirectional, private)
         spans: list[Span] = []
@@ -169,7 +169,7 @@ class MultimodalSequence:
                 grid = (len(contents),)
             length = len(contents)
             ids.append(np.array([vocabulary.begin(part.modality)]))
-            places.append(np.zeros(1, dtype=np.int64))
+            span_positions.append(np.zeros(1, dtype=np.int64))
             positions.append(np.full((1, 3), position))
             blocks.append((1, modality_id, False, False))
             row, position = row + 1, position + 1
@@ -178,7 +178,7 @@ class MultimodalSequence:
             noised = part.role is Role.TARGET and objective.corrupts and read_later
             for is_noised_copy in (True, False) if noised else (False,):
                 ids.append(contents)
-                places.append(np.arange(1, length + 1))
+                span_positions.append(np.arange(1, length + 1))
                 positions.append(content_positions)
                 blocks.append((length, modality_id, objective.bidirectional, is_noised_copy))
                 role = Role.CONTEXT if noised and not is_noised_copy else part.role
@@ -193,7 +193,7 @@ class MultimodalSequence:
         return cls(
             np.concatenate(ids),
             modality_ids,
-            np.concatenate(places),
+            np.concatenate(span_positions),
             np.concatenate(positions),
             np.repeat(np.arange(len(blocks)), rows_per_block),
             bidirectional,
@@ -210,14 +210,14 @@ class PackedBatch:
 
     Attributes:
         modality_ids: place in the vocabulary of each row's modality; that of text where a row is padding.
-        places: of each row in its span; 0 where a row is padding.
+        span_positions: of each row in its span; 0 where a row is padding.
         targets: the target spans of each modality that has any.
         next_spans: flat rows that end a span whose successor is learnt, and the ids that follow; (2, S).
     """
 
     token_ids: Int[Tensor, "B L"]
     modality_ids: Int[Tensor, "B L"]
-    places: Int[Tensor, "B L"]
+    span_positions: Int[Tensor, "B L"]
     position_ids: Int[Tensor, "B L 3"]
     pattern: AttentionPattern
     targets: Mapping[str, TargetSpans]
@@ -236,7 +236,7 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
     shape = (len(rows), row_length)
     token_ids = np.full(shape, vocabulary.pad)
     modality_ids = np.full(shape, vocabulary.place_of("text"))
-    places = np.zeros(shape, dtype=np.int64)
+    span_positions = np.zeros(shape, dtype=np.int64)
     position_ids = np.zeros((*shape, 3), dtype=np.int64)
     document_ids = np.full(shape, PADDING)
     block_ids = np.zeros(shape, dtype=np.int64)
@@ -254,7 +254,7 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
                 )
             here = (index, slice(start, stop))
             token_ids[here], modality_ids[here] = sequence.token_ids, sequence.modality_ids
-            places[here], position_ids[here] = sequence.places, sequence.position_ids
+            span_positions[here], position_ids[here] = sequence.span_positions, sequence.position_ids
             document_ids[here], block_ids[here] = document, sequence.block_ids
             bidirectional[here], private[here] = sequence.bidirectional, sequence.private
             for number, span in enumerate(sequence.spans):
@@ -266,7 +266,7 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
     return PackedBatch(
         torch.from_numpy(token_ids),
         torch.from_numpy(modality_ids),
-        torch.from_numpy(places),
+        torch.from_numpy(span_positions),
         torch.from_numpy(position_ids),
         AttentionPattern(*map(torch.from_numpy, arrays)),
         {modality: _collect(spans) for modality, spans in found.items()},

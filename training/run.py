@@ -14,7 +14,7 @@ from omniform.data.mixture import SourceConfig
 from omniform.data.token_source import count_samples
 from omniform.errors import OmniformError
 from omniform.modeling.config import parse_config
-from omniform.modeling.folder import LoadedModel, build_vocabulary, check_place_embeddings
+from omniform.modeling.folder import LoadedModel, build_vocabulary, check_position_embeddings
 from omniform.modeling.generation_config import GenerationConfig
 from omniform.modeling.model import UnifiedModel
 from omniform.tokenizers.base import Modality
@@ -56,7 +56,7 @@ def train(
     config.accumulation(world_size)
     tokenizers = {name: _load_tokenizer(name, folder) for name, folder in config.tokenizers.items()}
     vocabulary = build_vocabulary(tokenizers)
-    check_place_embeddings(config.model, tokenizers)
+    check_position_embeddings(config.model, tokenizers)
     n_samples = _count_samples(config)
     if dry_run:
         with torch.device("meta"):

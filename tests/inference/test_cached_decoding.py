@@ -67,7 +67,7 @@ def model_config(model_config: ModelConfig, request: pytest.FixtureRequest) -> M
         model_config,
         decoder=replace(model_config.decoder, experts=request.param),
         objectives={**model_config.objectives, "speech": NextToken(), "video": Masked(steps=2)},
-        place_embeddings={} if request.param == "shared" else {"image": 4, "video": 8},
+        position_embeddings={} if request.param == "shared" else {"image": 4, "video": 8},
     )
 
 
@@ -80,7 +80,7 @@ def reference_logits(model: UnifiedModel, parts: Sequence[Part], target: Part, i
     token_ids[span.start : span.start + len(ids)] = ids.numpy()
     stop = span.start + len(ids)
     batch = pack([[sequence]], len(sequence), vocabulary)
-    given = (torch.from_numpy(token_ids)[None], batch.modality_ids, batch.places, batch.position_ids)
+    given = (torch.from_numpy(token_ids)[None], batch.modality_ids, batch.span_positions, batch.position_ids)
     hidden = model.hidden(*given, batch.pattern)[0]
     rows = hidden[stop - 1 : stop] if objective.commits else hidden[span.start : stop]
     return model.logits(rows, vocabulary.target_range(target.modality))
@@ -166,14 +166,16 @@ def test_incremental_forward_equals_the_full_one(model: UnifiedModel, parts: lis
     cuts = [row + 1 for row in range(len(sequence) - 1) if not inside[row]]
     chosen = data.draw(st.sets(st.sampled_from(cuts))) if cuts else set()
     with torch.no_grad():
-        full = model.hidden(batch.token_ids, batch.modality_ids, batch.places, batch.position_ids, batch.pattern)
+        full = model.hidden(
+            batch.token_ids, batch.modality_ids, batch.span_positions, batch.position_ids, batch.pattern
+        )
         for stop in sorted({*chosen, len(sequence)}):
             rows = slice(row, stop)
             new = AttentionPattern(*(getattr(batch.pattern, n)[:, rows] for n in batch.pattern.__dataclass_fields__))
             noise = torch.randint(0, TEXT_SIZE, (1, stop - row))
-            places = (batch.modality_ids[:, rows], batch.places[:, rows], batch.position_ids[:, rows])
-            model.hidden(noise, *places, cache.covering(new), cache)  # leaves no trace: not committed
-            found.append(model.hidden(batch.token_ids[:, rows], *places, cache.covering(new), cache))
+            about = (batch.modality_ids[:, rows], batch.span_positions[:, rows], batch.position_ids[:, rows])
+            model.hidden(noise, *about, cache.covering(new), cache)  # leaves no trace: not committed
+            found.append(model.hidden(batch.token_ids[:, rows], *about, cache.covering(new), cache))
             cache.commit(new)
             row = stop
     torch.testing.assert_close(torch.cat(found, dim=1), full, atol=1e-5, rtol=1e-5)

@@ -47,8 +47,8 @@ def test_attention_of_documents_equals_the_textbook_formula(width: int, dtype: t
     shapes = [(1, heads, width + 2, 4) for heads in (2, 1, 1)]
     q, k, v = (torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes)
     allowed = torch.ones(width, width, dtype=torch.bool).tril()
-    places = torch.cat([torch.arange(width), torch.full((2,), width)])
-    mask = DocumentMask((DocumentBatch(torch.arange(width)[None], allowed[None, None]),), places)
+    sources = torch.cat([torch.arange(width), torch.full((2,), width)])
+    mask = DocumentMask((DocumentBatch(torch.arange(width)[None], allowed[None, None]),), sources)
     out = attention(q, k, v, mask)
     expected = attention_reference(*(x[:, :, :width].double() for x in (q, k, v)), allowed[None, None])
     torch.testing.assert_close(out[:, :, :width].double(), expected, atol=TOLERANCE[dtype], rtol=0)

@@ -109,7 +109,7 @@ def test_changing_one_expert_changes_the_rows_of_its_modality_alone_in_the_last_
     parts = [text_part([1, 2], Role.CONTEXT), speech_part([3], Role.CONTEXT), image_part([0, 1, 2, 3], Role.TARGET)]
     sequence = MultimodalSequence.build(parts, vocabulary, objectives)
     batch = corrupt(pack([[sequence]], len(sequence), vocabulary), vocabulary, objectives)
-    given_ids = (batch.token_ids, batch.modality_ids, batch.places, batch.position_ids, batch.pattern)
+    given_ids = (batch.token_ids, batch.modality_ids, batch.span_positions, batch.position_ids, batch.pattern)
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.decoder.blocks[-1].feed_forward.experts[2].up.weight.add_(1.0)

@@ -145,7 +145,9 @@ def test_what_follows_a_target_reads_its_clean_copy_alone() -> None:
         sequence = build(parts)
         batch = corrupt(pack([[sequence]], len(sequence), VOCABULARY), VOCABULARY, OBJECTIVES)
         hidden.append(
-            model.hidden(batch.token_ids, batch.modality_ids, batch.places, batch.position_ids, batch.pattern)[0, -4:]
+            model.hidden(batch.token_ids, batch.modality_ids, batch.span_positions, batch.position_ids, batch.pattern)[
+                0, -4:
+            ]
         )
     torch.testing.assert_close(*hidden, atol=1e-5, rtol=0)
 

@@ -260,7 +260,10 @@ def test_forecast_holds_the_experts_of_every_modality_and_runs_one_per_row(
         ("rows_per_step=0", "rows_per_step: .*greater than or equal to 1"),
         ("tokenizers.image=/nowhere", "/nowhere"),
         ("model.objectives={text: next_token}", "model.objectives is for"),
-        ("model.place_embeddings={smell: 4}", r"model\.place_embeddings\.smell is for no modality .* image, text"),
+        (
+            "model.position_embeddings={smell: 4}",
+            r"model\.position_embeddings\.smell is for no modality .* text",
+        ),
         ("data.sources.0.join=[{path: /nowhere, by: [digit], modalities: [image]}]", "/nowhere"),
         ("name=..", "name: String should match"),
         ("seed=9223372036854775808", "seed: .*less than 9223372036854775808"),
