@@ -42,9 +42,10 @@ def evaluate_any_to_any(
         data_dir: the world's folder, with its splits.
         split: held-out items to prompt with: choose settings on "validation", report "test".
         cells: "SOURCE->TARGET" each; all that model and world have unless given.
-        limit: use only so many items per cell, spread evenly; all unless given, of speech SPEECH_LIMIT.
+        limit: use only so many items per cell, as many of each digit and motion as can be; all unless given, of speech
+            SPEECH_LIMIT.
         second_judge: whether Whisper hears SECOND_JUDGE_LIMIT of the replies in speech too; unless given, where it is
-            installed.
+            installed and there is no limit.
         sampling: keywords of `generate` by target modality, over the model's defaults.
         out: metrics.json to write; samples.json, with the first replies, is written beside it.
 
@@ -54,7 +55,8 @@ def evaluate_any_to_any(
 
     Raises:
         OmniformError: an unknown cell, or one that model or world cannot serve; a split that is not held out; data that
-            is not there or has no digits to score by; a second judge that is not installed; or a folder as `out`.
+            is not there or has no digits to score by; a judge that is not installed or cannot judge what the
+            tokenizers make, before anything is generated; or a folder as `out`.
     """
     if split not in HELD_OUT:
         raise OmniformError(f"split is {split!r}, expected a held-out one: {' or '.join(HELD_OUT)}")
@@ -68,6 +70,7 @@ def evaluate_any_to_any(
     if missing and (cells is not None or len(missing) == len(CELLS)):
         reasons = "; ".join(f"{cell}: {reason}" for cell, reason in missing.items())
         raise OmniformError(f"cells that cannot be scored: {reasons}")
+    suite.prepare([cell for cell in cells or CELLS if cell not in missing])
     scored: dict[str, Any] = {}
     shown: dict[str, Any] = {}
     for cell in cells or CELLS:

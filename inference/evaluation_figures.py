@@ -3,10 +3,10 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
 from omniform.inference.evaluation_items import Concepts
-from omniform.inference.judges import MOTIONS, NO_ANSWER, wilson_interval
+from omniform.inference.judges import MOTIONS, wilson_interval
 
 N_DIGITS = 10
 CHANCE = {"digit": 1 / N_DIGITS, "motion": 1 / len(MOTIONS), "both": 1 / (N_DIGITS * len(MOTIONS))}
@@ -28,8 +28,9 @@ def cell_figures(
     expected: Concepts,
     judged: Concepts,
     real: Concepts,
-    copied_source: Bool[np.ndarray, "N"] | None,
     unseen: Bool[np.ndarray, "N"],
+    also: Bool[np.ndarray, "N"],
+    also_real: Bool[np.ndarray, "N"],
 ) -> dict[str, Any]:
     """Return the figures of a cell that follow from what judges say.
 
@@ -37,13 +38,10 @@ def cell_figures(
         expected: what the sources say, and the targets can say.
         judged: what the judge finds in the replies.
         real: what a judge finds in the real items that the ceiling is measured on.
-        copied_source: which replies only repeat their source, which is wrong whatever they say; None where source and
-            target are of different modalities.
         unseen: which items have a digit and a motion that training never shows together.
+        also: which replies are all else that they must be to be right; `also_real`: which real items are.
     """
-    right, possible = expected.agree(judged), expected.agree(real)
-    if copied_source is not None:
-        right = right & ~copied_source
+    right, possible = expected.agree(judged) & also, expected.agree(real) & also_real
     ceiling = float(possible.mean())
     cell = figure(right, CHANCE["digit" if expected.motions is None else "both"], ceiling)
     per_class = {
@@ -60,8 +58,9 @@ def cell_figures(
         **cell,
         "of_ceiling": cell["accuracy"] / ceiling if ceiling else None,
         "copy_rate": None,
+        "copy_rate_train": None,
         "copy_rate_held_out": None,
-        "copy_of_source_rate": None if copied_source is None else float(copied_source.mean()),
+        "copy_of_source_rate": None,
         "macro_accuracy": float(np.mean([entry["accuracy"] for entry in per_class.values()])),
         "per_class": per_class,
         "digit": figure(
@@ -72,30 +71,28 @@ def cell_figures(
     }
 
 
-def shuffled(expected: Concepts, judged: Concepts) -> dict[str, Any]:
+def shuffled(right: Bool[np.ndarray, "N N"]) -> dict[str, Any]:
     """Return how often replies are right by the labels of other items: the mean over all pairs of an item and another
-    one, so that no draw of a permutation has a say. Near chance, unless labels or answers are few."""
-    n = len(expected)
+    one, so that no draw of a permutation has a say. Near chance, unless labels or answers are few.
+
+    Args:
+        right: whether the reply of a row is right by the label of a column.
+    """
+    n = len(right)
     pairs = n * (n - 1)
-    own = expected.agree(judged).sum()
-    n_right = n * n * _cross_accuracy(expected, judged) - own
-    return {"accuracy": float(n_right / pairs) if pairs else None, "n": n}
+    return {"accuracy": float((right.sum() - right.trace()) / pairs) if pairs else None, "n": n}
 
 
 def by_noise(expected: Concepts, judged: Concepts) -> dict[str, Any]:
     """Return how often the judge's answers to noise are right, each answer by the labels of all items."""
-    return {"accuracy": float(_cross_accuracy(expected, judged)), "n": len(judged)}
+    return {"accuracy": float(crossed(judged, expected).mean()), "n": len(judged)}
 
 
-def _cross_accuracy(expected: Concepts, judged: Concepts) -> float:
-    """Return the mean agreement over all pairs of an answer and a label."""
-    return float((_shares(expected) * _shares(judged)).sum())
-
-
-def _shares(concepts: Concepts) -> Float[np.ndarray, "D M"]:
-    """Return the share of each digit and motion; what has no answer has a share of neither."""
-    motions = np.zeros(len(concepts), dtype=np.int64) if concepts.motions is None else concepts.motions
-    counts = np.zeros((N_DIGITS, len(MOTIONS)))
-    told = (concepts.digits != NO_ANSWER) & (motions != NO_ANSWER)
-    np.add.at(counts, (concepts.digits[told], motions[told]), 1)
-    return counts / len(concepts)
+def crossed(judged: Concepts, expected: Concepts) -> Bool[np.ndarray, "N M"]:
+    """Return whether each answer agrees with each label."""
+    same = judged.digits[:, None] == expected.digits
+    return (
+        same
+        if expected.motions is None or judged.motions is None
+        else same & (judged.motions[:, None] == expected.motions)
+    )

@@ -1,6 +1,7 @@
 """What the any-to-any suite prompts with: the held-out items of each cell, and what they show and say."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,8 @@ class CellItems:
 
     Attributes:
         sources: to prompt with, in the raw form of their tokenizer.
-        targets: real items of the target modality that show or say the same; of a cell whose source and target are of
-            one modality the sources themselves, of videos what follows them.
+        targets: real items of the target modality that show or say the same; of image->image and
+            speech->speech the sources themselves, of texts other wordings, of videos what follows them.
         concepts: what both sides of each item show or say.
         key: tells these targets from those of other cells.
     """
@@ -106,7 +107,7 @@ class World:
         return None if (self.folder / folder).is_dir() else f"the world has no {folder}"
 
     def cell(self, cell: str, limit: int | None) -> CellItems:
-        """Return the items of a cell, at most `limit` of them, spread evenly over its folder.
+        """Return the items of a cell, at most `limit` of them, in the order of `places`.
 
         "text->image" and back are of the folder SPLIT, "text->text" of SPLIT-text, "video->video" of SPLIT-continued.
         Text or speech on one side and video on the other can both say a motion: those are of SPLIT-moving-concepts.
@@ -119,26 +120,37 @@ class World:
         suffix = _FOLDERS.get(cell, "-concepts")
         folder = self.split + suffix
         places = self.places(folder, limit)
-        ordinal = 1 if cell == "video->video" else 0
+        ordinal = 1 if cell in ("text->text", "video->video") else 0
+        concepts = self.concepts(folder, places, motions=suffix in ("-continued", "-moving-concepts"))
         return CellItems(
             self.read(folder, source, places),
             self.read(folder, target, places, ordinal),
-            self.concepts(folder, places, motions=suffix in ("-continued", "-moving-concepts")),
+            concepts,
             (folder, target, ordinal, places),
         )
 
     def places(self, folder: str, limit: int | None) -> tuple[int, ...]:
-        """Return at most `limit` places of samples, spread evenly over a folder."""
-        n = len(self._reader(folder))
-        spread = np.linspace(0, n - 1, n if limit is None else min(limit, n))
-        return tuple(spread.round().astype(int).tolist())
+        """Return the places of at most `limit` samples of a folder; digits take turns, and so do the motions of each.
+
+        The first few hold as many of one digit as of any other, while there are any.
+        """
+        places_of: dict[Any, dict[Any, list[int]]] = {}
+        for place in range(len(self._reader(folder))):
+            about = self.metadata(folder, place)
+            places_of.setdefault(about.get("digit"), {}).setdefault(about.get("motion"), []).append(place)
+        by_digit = []
+        for turn, of_motions in enumerate(places_of.values()):
+            motions = sorted(of_motions, key=str)
+            first = turn % len(motions)  # or each round over the digits would show one motion alone
+            by_digit.append(_in_turns([of_motions[motion] for motion in motions[first:] + motions[:first]]))
+        return tuple(_in_turns(by_digit)[:limit])
 
     def read(self, folder: str, modality: str, places: tuple[int, ...], ordinal: int = 0) -> list[Any]:
         """Return items in the raw form of their tokenizer: of each sample the first of its modality, or the
         `ordinal`-th after it."""
         for place in places:
             if (folder, place, modality, ordinal) not in self._items:
-                self._items[folder, place, modality, ordinal] = self._item(folder, place, modality, ordinal)
+                self._items[folder, place, modality, ordinal] = self.item(folder, place, modality, ordinal)
         return [self._items[folder, place, modality, ordinal] for place in places]
 
     def payloads(self, folder: str, modality: str, places: tuple[int, ...]) -> list[bytes]:
@@ -182,7 +194,8 @@ class World:
             self._samples[folder, place] = self._reader(folder)[place]
         return self._samples[folder, place]
 
-    def _item(self, folder: str, place: int, modality: str, ordinal: int) -> Any:
+    def item(self, folder: str, place: int, modality: str, ordinal: int) -> Any:
+        """Return one item as `read` does, without keeping it."""
         sample = self._sample(folder, place)
         spans = [span for span in sample.spans if span.modality == modality]
         if len(spans) <= ordinal:
@@ -192,3 +205,8 @@ class World:
             )
         span = spans[ordinal]
         return span.text if span.payload is None else self.tokenizers[modality].read(span.payload)
+
+
+def _in_turns(groups: Iterable[Sequence[int]]) -> list[int]:
+    """Return the first of each group, then the second of each, and so on."""
+    return [place for turn in itertools.zip_longest(*groups) for place in turn if place is not None]

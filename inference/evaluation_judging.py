@@ -1,7 +1,6 @@
 """The judges of the any-to-any suite: one per target modality, all with one face."""
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +21,8 @@ from omniform.inference.speech_judge import SAMPLE_RATE, SpeechJudge
 from omniform.inference.video_judge import VideoJudge
 from omniform.inference.whisper_judge import WhisperJudge
 from omniform.tokenizers.image_files import read_picture
+
+SECOND_OF_SPEECH = "speech, second"
 
 
 class Judge(Protocol):
@@ -132,41 +133,32 @@ class Judges:
         self._world = world
         self._made: dict[str, Judge] = {}
 
-    def __getitem__(self, modality: str) -> Judge:
-        if modality not in self._made:
-            make = {"text": JudgeOfText, "image": self._images, "speech": self._speech, "video": self._videos}
-            self._made[modality] = make[modality]()
-        return self._made[modality]
-
-    @cached_property
-    def second_of_speech(self) -> Judge:
-        """Whisper.
+    def __getitem__(self, name: str) -> Judge:
+        """Return the judge of a modality, or SECOND_OF_SPEECH, which is Whisper.
 
         Raises:
-            OmniformError: it is not installed.
+            OmniformError: what it needs is not installed, or cannot judge what the model's tokenizers make.
         """
-        return JudgeOfSpeech(WhisperJudge(), self._rate)
+        if name not in self._made:
+            make: dict[str, Callable[[], Judge]] = {
+                "text": JudgeOfText,
+                "image": lambda: JudgeOfImages(self._world),
+                "speech": lambda: JudgeOfSpeech(SpeechJudge(), self._rate),
+                "video": lambda: JudgeOfVideos(self._world),
+                SECOND_OF_SPEECH: lambda: JudgeOfSpeech(WhisperJudge(), self._rate),
+            }
+            self._made[name] = make[name]()
+        return self._made[name]
 
     @property
     def about(self) -> dict[str, dict[str, Any]]:
         """What the judges are that were asked for."""
-        told = {modality: judge.about for modality, judge in sorted(self._made.items())}
-        second = self.__dict__.get("second_of_speech")
-        return told if second is None else {**told, "speech, second": second.about}
+        return {name: judge.about for name, judge in sorted(self._made.items())}
 
     @property
     def _rate(self) -> int:
         tokenizer: Any = self._world.tokenizers["speech"]
         return int(tokenizer.config.sample_rate)
-
-    def _images(self) -> Judge:
-        return JudgeOfImages(self._world)
-
-    def _speech(self) -> Judge:
-        return JudgeOfSpeech(SpeechJudge(), self._rate)
-
-    def _videos(self) -> Judge:
-        return JudgeOfVideos(self._world)
 
 
 def pixels(images: Sequence[Float[Tensor, "C H W"]]) -> Float[np.ndarray, "N 16 16"]:

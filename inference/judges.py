@@ -18,7 +18,7 @@ from omniform.errors import OmniformError
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MOTIONS = ("still", "left", "right", "up", "down")
 NO_ANSWER = -1  # of a judge that may find none
-_DIGIT_OF = {name: digit for digit, word in enumerate(DIGIT_WORDS) for name in (word, str(digit))}
+DIGIT_OF = {name: digit for digit, word in enumerate(DIGIT_WORDS) for name in (word, str(digit))}
 JUDGED_SIZE = 16  # pixels per side
 
 
@@ -76,7 +76,7 @@ def digit_of_text(text: str) -> int | None:
     words = re.findall(r"[a-z]+|[0-9]+", text.lower())
     if any(word.isdigit() and len(word) > 1 for word in words):
         return None
-    named = {_DIGIT_OF[word] for word in words if word in _DIGIT_OF}
+    named = {DIGIT_OF[word] for word in words if word in DIGIT_OF}
     return named.pop() if len(named) == 1 else None
 
 

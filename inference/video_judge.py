@@ -73,11 +73,19 @@ class VideoJudge:
         return int(Counter(self.digits.predict(np.stack(cuts)).tolist()).most_common(1)[0][0])
 
 
-def gap(video: Float[Tensor, "C T H W"], following: Float[Tensor, "C T H W"]) -> float:
-    """Return the pixels between the ink of the last frame of a video and that of the first frame of another; infinite
-    where one of these frames has none."""
-    ends = [_centroid(np.asarray(frame, dtype=np.float64).mean(axis=0)) for frame in (video[:, -1], following[:, 0])]
-    return math.inf if ends[0] is None or ends[1] is None else float(np.linalg.norm(ends[0] - ends[1]))
+def gaps(
+    videos: Sequence[Float[Tensor, "C T H W"]], following: Sequence[Float[Tensor, "C T H W"]]
+) -> Float[np.ndarray, "N M"]:
+    """Return the pixels between the ink of the last frame of each video and that of the first frame of each other one;
+    infinite where one of these frames has none."""
+    ends, starts = _ink_at([video[:, -1] for video in videos]), _ink_at([video[:, 0] for video in following])
+    return np.nan_to_num(np.linalg.norm(ends[:, None] - starts, axis=-1), nan=np.inf)
+
+
+def _ink_at(frames: Sequence[Float[Tensor, "C H W"]]) -> Float[np.ndarray, "N 2"]:
+    """Return the centroid of each frame, NaN where it has none."""
+    found = [_centroid(np.asarray(frame, dtype=np.float64).mean(axis=0)) for frame in frames]
+    return np.array([(math.nan, math.nan) if place is None else place for place in found]).reshape(-1, 2)
 
 
 def _motion(path: dict[int, Float[np.ndarray, "2"]], n_frames: int) -> int:

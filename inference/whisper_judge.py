@@ -15,9 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from omniform.errors import OmniformError
-from omniform.inference.judges import DIGIT_WORDS, MOTIONS, NO_ANSWER
+from omniform.inference.judges import DIGIT_OF, MOTIONS, NO_ANSWER
 
-SAMPLE_RATE = 16_000
 MARGIN = 4800  # samples of silence before and after the item, 0.3 s
 _MOST_TOKENS = 8  # of an answer: a phrase has at most six, and what is not understood is repeated for ever
 # What the recording is taken to go on from: it tells the recognizer which words are to be expected.
@@ -26,7 +25,6 @@ _BEFORE_PHRASES = (
     "Seven moving left. Five standing still. Three moving right. Zero moving up. Nine moving down. "
     "One, two, four, six, eight."
 )
-_DIGIT_OF = {name: digit for digit, word in enumerate(DIGIT_WORDS) for name in (word, str(digit))}
 
 
 def whisper_is_installed() -> bool:
@@ -56,7 +54,7 @@ class WhisperJudge:
         self._model: Any = WhisperModel(str(weights), device="cpu", compute_type="int8", cpu_threads=1)
 
     def predict(self, items: Sequence[Float[Tensor, "N"]]) -> npt.NDArray[np.int64]:
-        """Return the digit that each item, at SAMPLE_RATE in [-1, 1], says; NO_ANSWER where no digit is heard."""
+        """Return the digit that each item, as `SpeechJudge` takes it, says; NO_ANSWER where no digit is heard."""
         heard = [self._hear(item, _BEFORE_WORDS) for item in items]
         return np.array([_digit(words) for words in heard], dtype=np.int64)
 
@@ -87,8 +85,8 @@ class WhisperJudge:
 
 
 def _digit(words: Sequence[str]) -> int:
-    named = _first(words, _DIGIT_OF)
-    return NO_ANSWER if named is None else _DIGIT_OF[named]
+    named = _first(words, DIGIT_OF)
+    return NO_ANSWER if named is None else DIGIT_OF[named]
 
 
 def _first(words: Sequence[str], known: Container[str]) -> str | None:

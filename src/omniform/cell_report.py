@@ -8,7 +8,7 @@ from omniform.page import interval, percent, table, text_columns
 
 Cells = Mapping[str, Mapping[str, Any]]
 _ORDER = ("text", "image", "speech", "video")
-_HEAD = ("accuracy", "95% interval", "n", "chance", "ceiling", "of ceiling", "copies (real held-out)")
+_HEAD = ("accuracy", "95% interval", "n", "chance", "ceiling", "of ceiling", "copies (held-out; train)")
 _PARTS = {"digit": "digit", "motion": "motion", "held_out_pairs": "held-out pairs", "second_judge": "second judge"}
 # Five points of cividis (arXiv:1712.01662), which looks alike with and without colour blindness, dark to bright.
 _COLOURS = ((0, 32, 77), (65, 77, 107), (124, 123, 120), (188, 175, 111), (255, 234, 70))
@@ -39,18 +39,23 @@ def cells_section(metrics: Mapping[str, Any]) -> str:
     return (
         f"<h2>How well</h2>{_heat_map(metrics)}{_legend()}"
         '<p class="note">Each cell goes from what is given (row) to what is made of it (column), and leads to its '
-        "samples. Right is what says the same digit, and the same motion where both sides tell one; what only "
-        "repeats its source is wrong. Judges never see held-out data or replies while they are fitted. The ceiling is "
-        "the judge's own accuracy on real held-out items by the same criterion; what is easier to recognise can lie "
-        f"above it.</p>{_judges(metrics)}{_parts(cells)}{_controls(cells)}{_figure_table(cells)}{_per_class(cells)}"
+        "samples. Right is what says the same digit, and the same motion where both sides tell one. A text, picture or "
+        "recording that only repeats its source is wrong; a clip must begin where the given one ended, so repeating it "
+        "is right only where it stands still. Judges never see held-out data or replies while they are fitted. The "
+        "ceiling is the judge's own accuracy on real held-out items by the same criterion; what is easier to "
+        f"recognise can lie above it.</p>{_judges(metrics)}{_parts(cells)}{_controls(cells)}{_figure_table(cells)}"
+        f"{_per_class(cells)}"
     )
 
 
-def of_ceiling(cell: Mapping[str, Any]) -> float | None:
-    """Return the accuracy of a cell as a fraction of its ceiling, None where the ceiling is not known or zero."""
-    if cell["accuracy"] is None or not cell["ceiling"]:
+def of_ceilings(cells: Cells) -> tuple[int, float, str, float] | None:
+    """Return of how many cells the fraction of the ceiling is known, its mean, and where it is lowest and how low; None
+    where it is known of none."""
+    known = {name: float(ratio) for name, cell in cells.items() if (ratio := cell["of_ceiling"]) is not None}
+    if not known:
         return None
-    return float(cell["accuracy"] / cell["ceiling"])
+    lowest = min(known, key=lambda name: known[name])
+    return len(known), sum(known.values()) / len(known), lowest, known[lowest]
 
 
 def modalities_of(metrics: Mapping[str, Any]) -> list[str]:
@@ -102,27 +107,26 @@ def _css(shade: Iterable[int]) -> str:
 def _row(cells: Cells, source: str, names: Sequence[str]) -> Iterable[str]:
     for target in names:
         cell = cells.get(f"{source}->{target}")
-        yield "not scored" if cell is None else f"{percent(cell['accuracy'])} ({percent(of_ceiling(cell), 0)})"
+        yield "not scored" if cell is None else f"{percent(cell['accuracy'])} ({percent(cell['of_ceiling'], 0)})"
 
 
 def _summary(cells: Cells) -> str:
-    known = {name: ratio for name, cell in cells.items() if (ratio := of_ceiling(cell)) is not None}
-    if not known:
+    found = of_ceilings(cells)
+    if found is None:
         return ""
-    lowest = min(known, key=lambda name: known[name])
-    mean = sum(known.values()) / len(known)
-    return f"of ceiling: mean {percent(mean)} of {len(known)} cells, lowest {lowest} {percent(known[lowest])}"
+    n, mean, lowest, least = found
+    return f"of ceiling: mean {percent(mean)} of {n} cells, lowest {lowest} {percent(least)}"
 
 
 def _figures(cell: Mapping[str, Any]) -> tuple[str, ...]:
     figures = (percent(cell["accuracy"]), interval(cell["ci95"]), str(cell["n"]), percent(cell["chance"]))
-    return (*figures, percent(cell["ceiling"]), percent(of_ceiling(cell)), _copies(cell))
+    return (*figures, percent(cell["ceiling"]), percent(cell["of_ceiling"]), _copies(cell))
 
 
 def _copies(cell: Mapping[str, Any]) -> str:
     if cell["copy_rate"] is None:
         return "-"
-    return f"{percent(cell['copy_rate'])} ({percent(cell['copy_rate_held_out'])})"
+    return f"{percent(cell['copy_rate'])} ({percent(cell['copy_rate_held_out'])}; {percent(cell['copy_rate_train'])})"
 
 
 def _part_rows(cells: Cells) -> list[tuple[str, ...]]:
@@ -179,7 +183,7 @@ def _heat(metrics: Mapping[str, Any], name: str) -> str:
     if cell is None or cell["accuracy"] is None:
         reasons = [reason for reason, missing in _unscored(metrics).items() if name in missing]
         return f'<td class="none">not scored<span>{html.escape(", ".join(reasons) or "not asked for")}</span></td>'
-    ratio = of_ceiling(cell)
+    ratio = cell["of_ceiling"]
     background, ink = cell_colours(ratio or 0.0)
     told = (
         f"<b>{percent(cell['accuracy'])}</b><span>{percent(ratio)} of ceiling {percent(cell['ceiling'])}</span>"
@@ -203,10 +207,11 @@ def _parts(cells: Cells) -> str:
     judges = sorted({str(judge["name"]) for cell in cells.values() if (judge := cell.get("second_judge"))})
     second = f" The second judge of speech is {html.escape(', '.join(judges))}." if judges else ""
     goes_on = [
-        f"{arrow(name)} begins where the given clip ended in {percent(cell['continues'])} (real clips: "
-        f"{percent(cell.get('continues_real'))})"
+        f"{arrow(name)} begins where the given clip ended in {percent(own['accuracy'])} of {own['n']} (95%: "
+        f"{interval(own['ci95'])}; real clips: {percent(own['ceiling'])}; after another clip than the given one: "
+        f"{percent(own['shuffled']['accuracy'])})"
         for name, cell in cells.items()
-        if isinstance(cell.get("continues"), float)
+        if (own := cell.get("continues"))
     ]
     return (
         "<h3>Digit and motion</h3>"
@@ -223,13 +228,15 @@ def _controls(cells: Cells) -> str:
         told = [percent((controls.get(control) or {}).get("accuracy")) for control in ("shuffled", "noise")]
         rates = (percent(cell.get("copy_of_source_rate")), _copies(cell))
         rows.append((arrow(name), percent(cell["accuracy"]), percent(cell["chance"]), *told, *rates))
-    head = ("", "accuracy", "chance", "shuffled", "noise", "repeats its source", "copies (real held-out)")
+    head = ("", "accuracy", "chance", "shuffled", "noise", "repeats its source", "copies (held-out; train)")
     caption = "What would be right without understanding, and how often the model repeats what it met."
     return (
         f"<h3>Controls</h3>{table(head, rows, caption)}"
         '<p class="note">Shuffled: the replies, judged by the labels of other items. Noise: the judge\'s answers to '
         "noise. A copy is nearer to something that training showed, altered ones too, than 95% of original training "
-        "items are to one another; beside it stands how often that is so for real held-out ones.</p>"
+        "items are to one another; beside it stands how often that is so for real held-out ones, which is a false "
+        "alarm, and for real training ones, which is how many copies would be found. Of clips, only those that "
+        "move may not repeat their source.</p>"
     )
 
 

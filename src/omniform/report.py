@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omniform.cell_report import arrow, cells_section, modalities_of, of_ceiling
+from omniform.cell_report import arrow, cells_section, modalities_of, of_ceilings
 from omniform.charts import line_chart
 from omniform.data.sealed import write_atomically
 from omniform.page import data_url, interval, medium, page, percent, table, tiles
@@ -51,13 +51,12 @@ def write_report(folder: Path, commands: Sequence[str], note: str = "") -> Path:
 
 def _headline(metrics: Mapping[str, Any], stages: Mapping[str, Any], note: str) -> str:
     cells = metrics["cells"]
-    ratios = {name: ratio for name, cell in cells.items() if (ratio := of_ceiling(cell)) is not None}
     entries = []
-    if ratios:
-        lowest = min(ratios, key=lambda name: ratios[name])
+    if found := of_ceilings(cells):
+        n, mean, lowest, least = found
         entries += [
-            (percent(sum(ratios.values()) / len(ratios)), f"of the ceiling, mean<br>of {len(ratios)} cells"),
-            (percent(ratios[lowest]), f"of the ceiling, lowest:<br>{arrow(lowest)}"),
+            (percent(mean), f"of the ceiling, mean<br>of {n} cells"),
+            (percent(least), f"of the ceiling, lowest:<br>{arrow(lowest)}"),
         ]
     entries.append((_duration(sum(stage["seconds"] for stage in stages.values())), "from nothing to<br>this report"))
     entries.append((f"{max(stage['peak_mib'] for stage in stages.values()) / 1024:.1f} GiB", "peak memory"))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omniform.inference.evaluation_figures import by_noise, cell_figures, shuffled
+from omniform.inference.evaluation_figures import by_noise, cell_figures, crossed, shuffled
 from omniform.inference.evaluation_items import Concepts
 from omniform.inference.evaluation_noise import noise_like
 from omniform.inference.judges import MOTIONS, NO_ANSWER
@@ -31,7 +31,7 @@ def test_controls_are_means_over_all_pairs(seed: int, n: int, n_noise: int, moti
         return bool(answer[np.array([place])].agree(expected[np.array([label])])[0])
 
     others = [same(judged, place, label) for place in range(n) for label in range(n) if place != label]
-    assert shuffled(expected, judged)["accuracy"] == pytest.approx(np.mean(others))
+    assert shuffled(crossed(judged, expected))["accuracy"] == pytest.approx(np.mean(others))
     garbage = [same(noise, place, label) for place in range(n_noise) for label in range(n)]
     assert by_noise(expected, noise) == {"accuracy": pytest.approx(np.mean(garbage)), "n": n_noise}
 
@@ -41,18 +41,18 @@ def test_figures_are_counts(seed: int, n: int, motions: bool) -> None:
     random = np.random.default_rng(seed)
     expected = some_concepts(random, n, motions=motions, silent=False)
     judged, real = (some_concepts(random, n, motions=motions, silent=True) for _ in range(2))
-    copied, unseen = random.integers(0, 2, (2, n)).astype(bool)
-    cell = cell_figures(expected, judged, real, copied, unseen)
+    also, also_real, unseen = random.integers(0, 2, (3, n)).astype(bool)
+    cell = cell_figures(expected, judged, real, unseen, also, also_real)
     right = [
         judged.tell(place)["digit"] == expected.tell(place)["digit"]
         and judged.tell(place)["motion"] == expected.tell(place)["motion"]
-        and not copied[place]
+        and also[place]
         for place in range(n)
     ]
     assert cell["accuracy"] == pytest.approx(np.mean(right))
     assert sum(entry["n"] for entry in cell["per_class"].values()) == cell["n"] == n
     assert sum(entry["accuracy"] * entry["n"] for entry in cell["per_class"].values()) == pytest.approx(sum(right))
-    assert cell["copy_of_source_rate"] == copied.mean()
+    assert cell["ceiling"] == (expected.agree(real) & also_real).mean()
     assert (cell["motion"] is not None) == (cell["held_out_pairs"] is not None) == motions
     if motions:
         assert cell["held_out_pairs"]["n"] == unseen.sum()

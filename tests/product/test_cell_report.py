@@ -14,7 +14,9 @@ CELL: dict[str, Any] = {
     "ci95": [0.15, 0.85],
     "chance": 0.1,
     "ceiling": 0.8,
+    "of_ceiling": 0.625,
     "copy_rate": 0.25,
+    "copy_rate_train": 1.0,
     "copy_rate_held_out": 0.125,
     "per_class": {},
 }
@@ -33,7 +35,7 @@ def test_text_has_a_matrix_and_a_line_per_cell() -> None:
     assert [line.split() for line in lines[2:6]] == [[name, *["50.0%", "(62%)"] * 4] for name in NAMES]
     assert lines[6].startswith("of ceiling: mean 62.5% of 16 cells, lowest ")
     assert [line.split()[0] for line in lines[8:]] == ["cell", *cells]
-    assert " ".join(lines[9].split()) == "text->text 50.0% 15.0% - 85.0% 4 10.0% 80.0% 62.5% 25.0% (12.5%)"
+    assert " ".join(lines[9].split()) == "text->text 50.0% 15.0% - 85.0% 4 10.0% 80.0% 62.5% 25.0% (12.5%; 100.0%)"
 
 
 def test_text_of_few_cells_has_a_matrix_of_their_modalities() -> None:
@@ -50,12 +52,12 @@ def test_text_tells_motion_pairs_second_judges_and_documents_where_there_are_any
     found = metrics("text->video", "text->speech")
     own = {"accuracy": 0.7, "n": 9, "ceiling": 0.9}
     found["cells"]["text->video"] = {**CELL, "digit": own, "motion": own, "held_out_pairs": own}
-    unknown = {"accuracy": None, "n": 0, "ci95": None, "ceiling": None}
+    unknown = {"accuracy": None, "n": 0, "ci95": None, "ceiling": None, "of_ceiling": None}
     found["cells"]["text->speech"] = {**CELL, **unknown, "second_judge": {**own, "name": "x"}}
     found["documents"] = {"counting": {"named": own, "drawn": own}}
     lines = cells_as_text(found).splitlines()
     assert [" ".join(line.split()) for line in lines[-6:-1]] == [
-        "text->speech - - 0 10.0% - - 25.0% (12.5%)",
+        "text->speech - - 0 10.0% - - 25.0% (12.5%; 100.0%)",
         "",
         "cell digit motion held-out pairs second judge",
         "text->video 70.0% of 90.0% (9) 70.0% of 90.0% (9) 70.0% of 90.0% (9) -",

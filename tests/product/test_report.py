@@ -85,6 +85,7 @@ def cell(accuracy: float, **further: Any) -> dict[str, Any]:
         **figure(accuracy),
         "of_ceiling": accuracy / 0.8,
         "copy_rate": None,
+        "copy_rate_train": None,
         "copy_rate_held_out": None,
         "macro_accuracy": accuracy,
         "per_class": {"3": {"accuracy": 1.0, "n": 2}, "7": {"accuracy": 0.0, "n": 3}},
@@ -158,7 +159,8 @@ def test_every_medium_is_described_and_decodes(tmp_path: Path) -> None:
 def test_page_says_what_the_metrics_say(tmp_path: Path) -> None:
     metrics = metrics_of(CELLS)
     moving = {"motion": figure(0.713), "held_out_pairs": figure(0.691, 8), "copy_rate": 0.25}
-    metrics["cells"]["text->video"] |= {**moving, "copy_rate_held_out": 0.125}
+    metrics["cells"]["text->video"] |= {**moving, "copy_rate_held_out": 0.125, "copy_rate_train": 1.0}
+    metrics["cells"]["video->video"]["continues"] = {**figure(0.573), "shuffled": {"accuracy": 0.234, "n": 40}}
     second = {"name": "the other <one>", **figure(0.717)}
     metrics["cells"]["text->speech"] |= {"second_judge": second, "digit": figure(None, 0)}
     metrics["judges"] = {"video": {"name": "slope of <ink>", "fitted_on": "train: 9 clips"}, "text": {"name": "words"}}
@@ -166,7 +168,16 @@ def test_page_says_what_the_metrics_say(tmp_path: Path) -> None:
     assert "video is judged by: slope of <ink>; fitted on train: 9 clips" in page.text
     for own in metrics["cells"].values():
         assert f"{100 * own['accuracy']:.1f}%{100 * own['of_ceiling']:.1f}% of ceiling 80.0%95%: " in page.text
-    told = ("71.3% of 80.0% (40)", "69.1% of 80.0% (8)", "25.0% (12.5%)", "71.7% of 80.0%", "the other <one>", "11.1%")
+    told = (
+        "71.3% of 80.0% (40)",
+        "69.1% of 80.0% (8)",
+        "25.0% (12.5%; 100.0%)",
+        "71.7% of 80.0%",
+        "the other <one>",
+        "11.1%",
+        "57.3% of 40",
+        "than the given one: 23.4%",
+    )
     for shown in (*told, "100% of 2", "0% of 3", "1 min 11 s", "2.0 GiB"):
         assert shown in page.text
     assert len(page.all("caption")) == len(page.all("table")) - 1  # that of stages follows its heading
