@@ -12,8 +12,8 @@ from omniform.data.templates import MOTIONS
 from omniform.kernels.keyed_noise import keyed_bits, stream
 
 FIELD_SIZE, N_FRAMES, FPS = 32, 9, 8
-# Pixels between the places where a drawing can start, on either axis. Codes of a clip stand for squares of this size: a
-# drawing that lies on their edges anyhow looks different to them at every place.
+# Pixels between the places along its way where a drawing can start; across, it keeps to the middle. Codes of a clip
+# stand for squares of this size: a drawing that lies on their edges anyhow looks different to them at every place.
 START_STEP = 8
 # Pixels per frame: over a clip, a drawing goes one or two such steps.
 SPEEDS = (1, 2)
@@ -76,7 +76,7 @@ def plan_clips(
             travel = [pixels * steps * step for step in DIRECTIONS[motion]]
             # The drawing stays on the field: its start leaves room for the way it goes.
             x, y = (
-                max(-way, 0) + START_STEP * (place % ((room - abs(way)) // START_STEP + 1))
+                max(-way, 0) + START_STEP * (place % ((room - abs(way)) // START_STEP + 1)) if way else room // 2
                 for way, place in zip(travel, start, strict=True)
             )
             clips.append(Clip(digit, motion, rows[digit][row % len(rows[digit])], copy % copies, pixels, (x, y)))
