@@ -264,7 +264,8 @@ def evaluate(
     second_judge: Annotated[
         bool | None,
         typer.Option(
-            "--second-judge/--no-second-judge", help="Let Whisper hear some speech too. (default: where installed)"
+            "--second-judge/--no-second-judge",
+            help="Let Whisper hear some speech too. (default: where installed, without --limit)",
         ),
     ] = None,
     seed: Seed = 0,
