@@ -18,7 +18,7 @@ demo: $(STAMP)  ## data, tokenizers, model, evaluation and report.html in runs/d
 	$(BIN)/omniform demo
 
 test: $(STAMP)  ## the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)  ## lint, format, types, import directions
 	$(BIN)/ruff check
