@@ -1,5 +1,9 @@
 """Every kernel against its reference, forward and backward, and against another library where one has it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -114,3 +118,19 @@ def test_cross_entropy_equals_its_formula_forward_and_backward(z_loss: float) ->
     (a,) = torch.autograd.grad(ours.sum(), logits)
     (b,) = torch.autograd.grad(expected.sum(), logits)
     torch.testing.assert_close(a, b, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_caches_of_compiled_products_are_bounded_unless_the_environment_says_otherwise(given: str | None) -> None:
+    names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= dict.fromkeys(names, given) if given is not None else {}
+    # A thousand shapes, as many as the default would keep: the products still come out right.
+    script = f"""
+import os, omniform.kernels.attention, torch
+print(*(os.environ[name] for name in {names}))
+weight = torch.eye(16, dtype=torch.bfloat16)
+print(all(torch.equal(x @ weight, x) for x in (torch.randn(n, 16).bfloat16() for n in range(1, 1001))))
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [given or "256"] * 2 + ["True"]
