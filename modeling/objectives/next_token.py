@@ -10,15 +10,24 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from omniform.kernels.keyed_noise import keyed_uniform, stream
 from omniform.modeling.objectives.base import Corrupted, Draw, Objective, SpanState, TargetSpans
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class NextToken(Objective):
-    """Next-token prediction with teacher forcing; one token and one commit per step."""
+    """Next-token prediction with teacher forcing; one token and one commit per step.
+
+    Attributes:
+        input_dropout: probability with which training hides a content, by the mask id, from the predictions after it:
+            a span then leans on what comes before it more than on itself (word dropout, arXiv:1511.06349; deviation:
+            the hidden word is drawn anew for every sample, and the last content, which ends the span, is never
+            hidden). Parts after the span read it with its gaps.
+    """
 
     kind: Literal["next_token"] = "next_token"
     weight: float = Field(default=1.0, gt=0)
+    input_dropout: float = Field(default=0.0, ge=0, lt=1)
 
     bidirectional: ClassVar[bool] = False
     corrupts: ClassVar[bool] = False
@@ -26,8 +35,16 @@ class NextToken(Objective):
     commits: ClassVar[bool] = True
 
     def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
-        """Leave the contents as they are and count every one."""
-        return Corrupted(targets.token_ids, np.ones(len(targets.token_ids), dtype=np.float32))
+        """Hide some contents from those after them, and count every one."""
+        token_ids = targets.token_ids
+        if self.input_dropout:
+            spans = targets.span_index
+            drawn = keyed_uniform(
+                stream("next_token.input"), targets.noise_keys[spans], targets.span_numbers[spans], targets.positions
+            )
+            hidden = (drawn < self.input_dropout) & (targets.positions < targets.lengths[spans] - 1)
+            token_ids = np.where(hidden, mask_id, token_ids)
+        return Corrupted(token_ids, np.ones(len(token_ids), dtype=np.float32))
 
     def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
         """Open an empty span of at most `length` contents; `steps` does not apply.

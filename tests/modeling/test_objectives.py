@@ -237,3 +237,22 @@ def test_next_token_leaves_its_contents_untouched_and_counts_all() -> None:
     corrupted = NextToken().corrupt(spans([3, 2]), MASK)
     assert (corrupted.token_ids == spans([3, 2]).token_ids).all()
     assert (corrupted.loss_weights == 1).all()
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.floats(0.05, 0.95))
+def test_input_dropout_hides_all_but_the_last_content_and_counts_all(lengths: list[int], share: float) -> None:
+    clean, objective = spans(lengths), NextToken(input_dropout=share)
+    corrupted = objective.corrupt(clean, MASK)
+    hidden = corrupted.token_ids == MASK
+    assert (corrupted.token_ids[~hidden] == clean.token_ids[~hidden]).all()
+    assert not hidden[np.cumsum(lengths) - 1].any()
+    assert (corrupted.loss_weights == 1).all()
+    alone = objective.corrupt(spans(lengths[-1:], first_key=len(lengths) - 1), MASK)
+    assert ((alone.token_ids == MASK) == hidden[len(hidden) - lengths[-1] :]).all()
+
+
+def test_input_dropout_hides_each_content_with_its_probability() -> None:
+    clean = spans([11] * 2000)
+    hidden = NextToken(input_dropout=0.3).corrupt(clean, MASK).token_ids == MASK
+    by_place = hidden.reshape(2000, 11)[:, :-1].mean(0)
+    assert np.abs(by_place - 0.3).max() < 5 * math.sqrt(0.3 * 0.7 / 2000)
