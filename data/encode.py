@@ -5,13 +5,11 @@ tokens are the same to the bit whatever other modalities are encoded beside it, 
 """
 
 import collections
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from omniform.data.index import ShardIndex
 from omniform.data.schema import RawSpan, SampleError
@@ -25,17 +23,14 @@ BATCH_SIZE = 256
 MAX_WAITING = 2**24
 
 
-def encode_shard(shard: ShardIndex, tokenizers: Mapping[str, Modality[Any]], progress: bool = True) -> TokenShard:
+def encode_shard(shard: ShardIndex, tokenizers: Mapping[str, Modality[Any]]) -> TokenShard:
     """Return the tokens of all samples of a shard; spans that cannot be decoded are counted, and change no other."""
     modalities = tuple(sorted(tokenizers))
     encoders = {name: _SpanEncoder(tokenizers[name]) for name in modalities}
     failures: list[Failure] = []
     metadata: list[Mapping[str, Any]] = []
     left_out: collections.Counter[str] = collections.Counter()
-    if progress and not sys.stderr.isatty():
-        print(f"encoding {shard.shard} ({len(shard.samples)} samples)", file=sys.stderr, flush=True)
-    bar = tqdm(shard.samples, desc=f"encoding {shard.shard.name}", unit="sample", disable=None) if progress else None
-    for number, record in enumerate(shard.samples if bar is None else bar):
+    for number, record in enumerate(shard.samples):
         try:
             sample = read_sample(shard, record)
         except SampleError as error:

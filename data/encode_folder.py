@@ -5,20 +5,15 @@ The record is written last: an interrupted run continues with the shards that ar
 
 import collections
 import functools
-import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from omniform.data.encode import encode_shard
+from omniform.data.encoding_jobs import EncodingJob, encode_missing
 from omniform.data.folder_lock import locked
-from omniform.data.index import ShardIndex, read_index, shard_folders
-from omniform.data.job_pool import done_in_processes
+from omniform.data.index import ShardIndex, shard_folders
 from omniform.data.schema import DataError
 from omniform.data.shards import ShardReader
 from omniform.data.tally import Tally
@@ -28,7 +23,6 @@ from omniform.data.token_shards import (
     read_token_shard_identity,
     token_shard_identity,
     tokenizer_digest,
-    write_token_shard,
 )
 from omniform.modeling.folder import file_digest
 from omniform.tokenizers.base import Modality
@@ -81,21 +75,8 @@ def encode_folder(
             target.refuse_other_tokens()
             stack.callback(target.remove_partial)
         jobs = {job: n_samples for target in targets for job, n_samples in target.jobs().items()}
-        start = functools.partial(_encoder, dict(tokenizer_folders), digests)
-        _do_missing(jobs, start, workers)
+        encode_missing(jobs, functools.partial(_load_all, dict(tokenizer_folders)), digests, workers)
         return {target.reader.folder.name: target.seal() for target in targets}
-
-
-@dataclass(frozen=True)
-class EncodingJob:
-    """A shard, the folder of its index if that is not its own, and the file that its tokens go to."""
-
-    shard: Path
-    index_dir: Path | None
-    path: Path
-
-    def __str__(self) -> str:
-        return str(self.shard)
 
 
 @dataclass(frozen=True)
@@ -170,51 +151,6 @@ class _Target:
 
     def _path(self, shard: ShardIndex) -> Path:
         return self.folder / f"{shard.shard.stem}.safetensors"
-
-
-def _do_missing(
-    jobs: Mapping[EncodingJob, int], start: Callable[[], Callable[[EncodingJob], None]], workers: int
-) -> None:
-    """Do the jobs whose files are missing, and say which are done."""
-    missing = [job for job in jobs if not job.path.exists()]
-    n_done = sum(n_samples for job, n_samples in jobs.items() if job.path.exists())
-    encoded = _done_here(missing, start) if workers == 1 else done_in_processes(missing, start, workers)
-    with (
-        tqdm(total=sum(jobs.values()), initial=n_done, desc="encoding", unit="sample", disable=None) as bar,
-        closing(encoded),
-    ):
-        for job in encoded:
-            bar.update(jobs[job])
-            if not sys.stderr.isatty():
-                print(f"encoded {job} ({jobs[job]} samples)", file=sys.stderr, flush=True)
-
-
-def _done_here(
-    jobs: Sequence[EncodingJob], start: Callable[[], Callable[[EncodingJob], None]]
-) -> Generator[EncodingJob, None, None]:
-    """Yield each job once it is done, as one worker would do it."""
-    n_threads = torch.get_num_threads()
-    try:
-        encode = start()
-        for job in jobs:
-            encode(job)
-            yield job
-    finally:
-        torch.set_num_threads(n_threads)
-
-
-def _encoder(tokenizer_folders: Mapping[str, Path], digests: Mapping[str, str]) -> Callable[[EncodingJob], None]:
-    """Return what encodes a shard in this process."""
-    torch.set_num_threads(1)  # sums over more threads may round otherwise
-    tokenizers = _load_all(tokenizer_folders)
-
-    def encode(job: EncodingJob) -> None:
-        shard = read_index(job.shard, job.index_dir)
-        write_token_shard(
-            job.path, encode_shard(shard, tokenizers, progress=False), token_shard_identity(shard, digests)
-        )
-
-    return encode
 
 
 def _load_all(folders: Mapping[str, Path]) -> dict[str, Modality[Any]]:

@@ -20,7 +20,7 @@ import numpy as np
 from omniform.data.mixture import SourceConfig, modalities_of
 from omniform.data.schema import DataError
 from omniform.data.token_shards import Failure
-from omniform.data.token_source import TokenSource
+from omniform.data.token_source import TokenSource, fill_cache
 from omniform.kernels.keyed_noise import keyed_bits, stream
 from omniform.tokenizers.base import Latents, Modality, Tokens
 
@@ -169,9 +169,12 @@ def _draw(candidates: Sequence[int], number: int, without: int | None) -> int:
 
 
 def open_sources(
-    configs: Sequence[SourceConfig], tokenizers: Mapping[str, Modality[Any]], cache_dir: Path
+    configs: Sequence[SourceConfig], tokenizers: Mapping[str, Modality[Any]], cache_dir: Path, workers: int = 1
 ) -> list[Source]:
     """Open what `SourceConfig`s describe, each folder once however often it is named; see `TokenSource`.
+
+    Args:
+        workers: processes that encode at the same time what the cache lacks; see `encode_missing`.
 
     Raises:
         DataError: see `TokenSource` and `JoinedSource`.
@@ -182,6 +185,7 @@ def open_sources(
         for other in config.join:
             keys.update(other.by)
             labels.setdefault((other.path, other.index_dir), set()).update(other.by)
+    fill_cache(labels, tokenizers, cache_dir, workers)
     opened = {
         (path, index_dir): TokenSource(path, tokenizers, cache_dir, index_dir, labels=sorted(keys))
         for (path, index_dir), keys in labels.items()

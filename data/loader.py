@@ -106,7 +106,7 @@ class TrainingData:
             for source in stage.config.sources:
                 for task in source.tasks:
                     _check_modalities(source.path, task, tokenizers)
-        self.sources = open_sources(config.sources, tokenizers, cache_dir)
+        self.sources = open_sources(config.sources, tokenizers, cache_dir, config.encoding_workers)
         for stage in self.stages:
             for opened, source in zip(self.sources, stage.config.sources, strict=True):
                 check_tasks(opened, source.tasks)
@@ -271,6 +271,7 @@ def _check_modalities(path: Path, task: str, tokenizers: Mapping[str, Modality])
 def _settings(config: DataConfig) -> dict[str, Any]:
     """Return what of the configuration decides what is drawn."""
     settings: dict[str, Any] = TypeAdapter(DataConfig).dump_python(config, mode="json")
+    del settings["encoding_workers"]  # which changes no token
     for source in settings["sources"]:
         # The data may move and be called something else; its digest says what it is.
         del source["path"], source["index_dir"], source["name"]

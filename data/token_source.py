@@ -1,16 +1,17 @@
 """The tokens of a source, held in memory: of raw shards, encoded now or found in a cache, or of token shards."""
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from omniform.data.encode import encode_shard
+from omniform.data.encoding_jobs import EncodingJob, encode_missing
 from omniform.data.folder_lock import locked
 from omniform.data.index import ShardIndex
 from omniform.data.schema import DataError
@@ -24,7 +25,6 @@ from omniform.data.token_shards import (
     read_token_shard,
     token_shard_identity,
     tokenizer_digest,
-    write_token_shard,
 )
 from omniform.modeling.folder import file_digest
 from omniform.tokenizers.base import Latents, Modality, Tokens
@@ -70,8 +70,8 @@ class TokenSource:
         else:
             reader = ShardReader(folder, index_dir)
             content_digest, files = reader.digest, [shard.shard.name for shard in reader.shards]
-            with locked(cache_dir):
-                shards = [_cached(shard, tokenizers, digests, cache_dir) for shard in reader.shards]
+            fill_cache([(folder, index_dir)], tokenizers, cache_dir)
+            shards = [_cached(shard, digests, cache_dir) for shard in reader.shards]
         self.digest = hashlib.sha256(json.dumps([content_digest, digests]).encode()).hexdigest()
         self._modalities = tuple(digests)
         self._names = [(file, key) for file, shard in zip(files, shards, strict=True) for key in shard.keys]
@@ -158,14 +158,39 @@ def _holds_tokens(folder: Path, index_dir: Path | None) -> bool:
     return True
 
 
-def _cached(
-    shard: ShardIndex, tokenizers: Mapping[str, Modality[Any]], digests: Mapping[str, str], cache_dir: Path
-) -> TokenShard:
+def fill_cache(
+    folders: Iterable[tuple[Path, Path | None]],
+    tokenizers: Mapping[str, Modality[Any]],
+    cache_dir: Path,
+    workers: int = 1,
+) -> None:
+    """Encode the shards of several folders that a cache does not hold yet; token shards are left alone.
+
+    Args:
+        folders: each with the folder of its shards' indexes, if they are not beside them.
+        workers: see `encode_missing`.
+
+    Raises:
+        DataError: see `TokenSource`.
+    """
+    digests = {name: tokenizer_digest(tokenizers[name]) for name in sorted(tokenizers)}
+    jobs = {}
+    for folder, index_dir in folders:
+        if not _holds_tokens(folder, index_dir):
+            for shard in ShardReader(folder, index_dir).shards:
+                path = _cache_path(token_shard_identity(shard, digests), cache_dir)
+                jobs[EncodingJob(shard.shard, index_dir, path)] = len(shard.samples)
+    with locked(cache_dir):
+        encode_missing(jobs, functools.partial(dict[str, Modality[Any]], tokenizers), digests, workers)
+
+
+def _cached(shard: ShardIndex, digests: Mapping[str, str], cache_dir: Path) -> TokenShard:
     identity = token_shard_identity(shard, digests)
-    path = cache_dir / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.safetensors"
-    if not path.exists():
-        write_token_shard(path, encode_shard(shard, tokenizers), identity)
-    return read_token_shard(path, identity, "remove it, and it is encoded again")
+    return read_token_shard(_cache_path(identity, cache_dir), identity, "remove it, and it is encoded again")
+
+
+def _cache_path(identity: Mapping[str, Any], cache_dir: Path) -> Path:
+    return cache_dir / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.safetensors"
 
 
 def _read_folder(folder: Path, digests: Mapping[str, str]) -> tuple[str, list[str], list[TokenShard]]:

@@ -115,7 +115,7 @@ def test_no_more_waits_than_is_stated_and_order_stays(tmp_path: Path) -> None:
         for n, size in enumerate(sizes):
             writer.write(RawSample(f"{n:04d}", (RawSpan("text", text=str(size)),)))
     tokenizer = Sized()
-    found = encode_shard(ShardReader(tmp_path / "data").shards[0], {"text": tokenizer}, progress=False)
+    found = encode_shard(ShardReader(tmp_path / "data").shards[0], {"text": tokenizer})
     assert found.content["text"].tolist() == sizes
     assert list(itertools.chain(*tokenizer.batches)) == sizes
     assert all(len(batch) == 1 or sum(batch) <= MAX_WAITING for batch in tokenizer.batches)

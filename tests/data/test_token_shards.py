@@ -384,3 +384,30 @@ def test_a_changed_label_and_json_that_is_nested_too_deep_are_refused(tmp_path: 
     save_file(arrays, path, head)
     with pytest.raises(DataError, match=r"is damaged .*recursion"):
         read_token_shard(path, IDENTITY, "")
+
+
+def test_training_fills_its_cache_with_the_same_bytes_whatever_the_number_of_workers(
+    world: Path, tokenizer_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizers = {name: load_modality(tokenizer_folders[name]) for name in FOUR}
+    sources = tuple(
+        SourceConfig(path=world / split, tasks={"text->image": 1.0, "speech->text": 1.0})
+        for split in ("train", "validation")
+    )
+    objectives = {"text": NextToken(), "speech": NextToken(), "image": Masked(), "video": Masked()}
+    loaders = [
+        TrainingData(
+            DataConfig(sources, row_length=400, encoding_workers=workers),
+            tokenizers,
+            build_vocabulary(tokenizers),
+            objectives,
+            seed=0,
+            cache_dir=tmp_path / str(workers),
+            rows_per_step=2,
+        )
+        for workers in (1, 3)
+    ]
+    # Both splits hold the same shards, so the second finds its tokens made.
+    assert len(list((tmp_path / "1").glob("*.safetensors"))) == 3
+    assert written(tmp_path / "1") == written(tmp_path / "3")
+    assert loaders[0].digest == loaders[1].digest
