@@ -1,8 +1,7 @@
 """The any-to-any suite: what a model generates from held-out data, scored by judges that it never trained with."""
 
+import functools
 import json
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from omniform.inference.document_evaluation import evaluate_documents
 from omniform.inference.evaluation_cells import CellScorer
 from omniform.inference.evaluation_items import CELLS, World
 from omniform.inference.evaluation_samples import told
+from omniform.inference.evaluation_shares import score_here, score_in_processes
 from omniform.inference.generate import Model
 
 HELD_OUT = ("validation", "test")
@@ -30,6 +30,7 @@ def evaluate_any_to_any(
     second_judge: bool | None = None,
     sampling: Mapping[str, Mapping[str, Any]] | None = None,
     out: Path | None = None,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Score a model on digits-world: one part in, one part out, from each modality to each.
 
@@ -47,6 +48,8 @@ def evaluate_any_to_any(
         second_judge: whether Whisper hears SECOND_JUDGE_LIMIT of the replies in speech too; unless given, where it is
             installed and there is no limit.
         sampling: keywords of `generate` by target modality, over the model's defaults.
+        workers: processes that score at the same time, each on one thread and with all that the judges need in memory;
+            with two they take two thirds of the time. Sums over another number of threads may round otherwise.
         out: metrics.json to write; samples.json, with the first replies, is written beside it.
 
     Returns:
@@ -65,23 +68,23 @@ def evaluate_any_to_any(
     if out is not None and out.is_dir():
         raise OmniformError(f"out is the folder {out}, expected a file to write, such as {out / 'metrics.json'}")
     ShardReader(data_dir / "train")  # is it a world?
-    suite = CellScorer(model, World(model.tokenizers, data_dir, split), seed, limit, second_judge)
-    missing = {cell: reason for cell in cells or CELLS if (reason := suite.world.why_not(cell)) is not None}
+    if workers < 1:
+        raise OmniformError(f"{workers} workers, expected at least 1")
+    world = World(model.tokenizers, data_dir, split)
+    make_suite = functools.partial(CellScorer, model, world, seed, limit, second_judge)
+    missing = {cell: reason for cell in cells or CELLS if (reason := world.why_not(cell)) is not None}
     if missing and (cells is not None or len(missing) == len(CELLS)):
         reasons = "; ".join(f"{cell}: {reason}" for cell, reason in missing.items())
         raise OmniformError(f"cells that cannot be scored: {reasons}")
-    suite.prepare([cell for cell in cells or CELLS if cell not in missing])
-    scored: dict[str, Any] = {}
-    shown: dict[str, Any] = {}
-    for cell in cells or CELLS:
-        if cell in missing:
-            continue
-        started = time.monotonic()
-        scored[cell], shown[cell] = suite.score(cell, (sampling or {}).get(cell.partition("->")[2], {}))
-        _say(cell, scored[cell], time.monotonic() - started)
-    metrics: dict[str, Any] = {"suite": "any-to-any", "split": split, "seed": seed, "cells": scored}
+    served = [cell for cell in cells or CELLS if cell not in missing]
+    suite = make_suite()
+    if workers == 1:
+        scored = score_here(suite, served, sampling or {})
+    else:
+        scored = score_in_processes(make_suite, served, sampling or {}, workers)
+    metrics: dict[str, Any] = {"suite": "any-to-any", "split": split, "seed": seed, "cells": scored.cells}
     metrics["missing"] = [{"cell": cell, "reason": reason} for cell, reason in missing.items()]
-    metrics["judges"], metrics["copies"] = suite.judges.about, suite.copies_about
+    metrics["judges"], metrics["copies"] = scored.judges, scored.copies
     documents = data_dir / f"{split}-documents"
     if cells is None and model.network.config.next_span_weight and "image" in model.modalities and documents.exists():
         metrics["documents"], continued = evaluate_documents(model, documents, suite.digits_of, seed=seed, limit=limit)
@@ -96,12 +99,6 @@ def evaluate_any_to_any(
             ]
             write_atomically(out.with_name("documents.json"), json.dumps(entries, indent=1).encode() + b"\n")
     if out is not None:
-        write_atomically(out.with_name("samples.json"), json.dumps(shown, indent=1).encode() + b"\n")
+        write_atomically(out.with_name("samples.json"), json.dumps(scored.samples, indent=1).encode() + b"\n")
         write_atomically(out, json.dumps(metrics, indent=2).encode() + b"\n")
     return metrics
-
-
-def _say(cell: str, figures: Mapping[str, Any], seconds: float) -> None:
-    """Print how a cell went as soon as it is known: the whole suite takes minutes."""
-    right = f"{figures['accuracy']:.1%} of {figures['n']} right, ceiling {figures['ceiling']:.1%}"
-    print(f"{cell}: {right}, {seconds:.0f} s", file=sys.stderr, flush=True)

@@ -268,6 +268,7 @@ def evaluate(
             help="Let Whisper hear some speech too. (default: where installed, without --limit)",
         ),
     ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that score at the same time, on a thread each.")] = 1,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -279,8 +280,9 @@ def evaluate(
     from omniform.inference.evaluation import evaluate_any_to_any
     from omniform.inference.generate import load
 
+    loaded = load(model)
     metrics = evaluate_any_to_any(
-        load(model), data, split=split, cells=cells, seed=seed, limit=limit, second_judge=second_judge, out=out
+        loaded, data, split=split, cells=cells, seed=seed, limit=limit, second_judge=second_judge, out=out, workers=workers
     )
     if as_json:
         print_json(metrics)

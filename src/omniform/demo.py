@@ -9,6 +9,7 @@ OUT/stages.json calls finished has that digest, continued when the one that was 
 import functools
 import hashlib
 import json
+import os
 import resource
 import shlex
 import shutil
@@ -41,6 +42,7 @@ from omniform.training.tokenizer_task import train_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_OUT = Path("runs/demo")
+MOST_WORKERS = 4  # that evaluate, each with a gigabyte of its own
 MODALITIES = ("text", "image", "speech", "video")
 _PROMPTS = tuple(f"the digit {digit}" for digit in range(10))
 # Two rows of ten for each wording that training never saw.
@@ -170,7 +172,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
     def evaluate(fresh: bool) -> None:
         loaded = load_model_folder(model)
         draw_samples(loaded, out / "samples", _SHOWN)
-        evaluate_any_to_any(Model(loaded), data, limit=limit, out=out / "metrics.json")
+        evaluate_any_to_any(Model(loaded), data, limit=limit, out=out / "metrics.json", workers=_n_workers())
 
     of_model = ("data", *(f"{modality} tokenizer" for modality in MODALITIES))
     evaluated = (out / "metrics.json", out / "samples.json", out / "samples/images.png")
@@ -215,10 +217,15 @@ def _write_record(path: Path, content: object) -> None:
     write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
+def _n_workers() -> int:
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
 def _peak_mib() -> float:
-    """Return the most memory that this process has held at once, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+    """Return the most memory held so far, in MiB: of this process, and of as many of its largest child as work at a
+    time, which is a bound and not reached where not all are as large at once."""
+    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return round((own + _n_workers() * child) / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def _commands(out: Path, size: str) -> list[str]:

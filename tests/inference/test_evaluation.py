@@ -305,6 +305,22 @@ def test_figures_repeat_and_are_those_of_the_samples(loaded: LoadedModel, world:
         assert metrics["cells"][name]["accuracy"] == pytest.approx(sum(entry["right"] for entry in entries) / 6)
 
 
+def test_processes_that_share_the_cells_score_as_one(loaded: LoadedModel, world: Path, tmp_path: Path) -> None:
+    model = Model(loaded)
+    keywords: dict[str, Any] = {"limit": 4, "cells": ["text->image", "speech->text", "image->image", "text->text"]}
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of them has
+    try:
+        alone = evaluate_any_to_any(model, world, **keywords, out=tmp_path / "alone.json")
+    finally:
+        torch.set_num_threads(n_threads)
+    samples = (tmp_path / "samples.json").read_text()
+    assert evaluate_any_to_any(model, world, **keywords, out=tmp_path / "shared.json", workers=2) == alone
+    assert list(alone["cells"]) == keywords["cells"]
+    assert (tmp_path / "shared.json").read_bytes() == (tmp_path / "alone.json").read_bytes()
+    assert (tmp_path / "samples.json").read_text() == samples
+
+
 def test_what_a_model_has_not_is_named_and_the_rest_is_scored(world: Path) -> None:
     model = Model(loaded_model(("text", "image")))
     metrics = evaluate_any_to_any(model, world, limit=2)
