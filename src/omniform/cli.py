@@ -282,7 +282,15 @@ def evaluate(
 
     loaded = load(model)
     metrics = evaluate_any_to_any(
-        loaded, data, split=split, cells=cells, seed=seed, limit=limit, second_judge=second_judge, out=out, workers=workers
+        loaded,
+        data,
+        split=split,
+        cells=cells,
+        seed=seed,
+        limit=limit,
+        second_judge=second_judge,
+        out=out,
+        workers=workers,
     )
     if as_json:
         print_json(metrics)

@@ -172,7 +172,10 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
     def evaluate(fresh: bool) -> None:
         loaded = load_model_folder(model)
         draw_samples(loaded, out / "samples", _SHOWN)
-        evaluate_any_to_any(Model(loaded), data, limit=limit, out=out / "metrics.json", workers=_n_workers())
+        # The second judge of speech would take a minute more; `omniform eval` asks it.
+        evaluate_any_to_any(
+            Model(loaded), data, limit=limit, second_judge=False, out=out / "metrics.json", workers=_n_workers()
+        )
 
     of_model = ("data", *(f"{modality} tokenizer" for modality in MODALITIES))
     evaluated = (out / "metrics.json", out / "samples.json", out / "samples/images.png")
