@@ -48,7 +48,7 @@ class Counts:
 
 
 COUNTS = {
-    "train": Counts(takes=9, clips=200, concepts=80, moving_concepts=64, continued=40, stories=12),
+    "train": Counts(takes=9, clips=200, concepts=80, moving_concepts=32, continued=40, stories=12),
     "validation": Counts(takes=3, clips=6, concepts=10, moving_concepts=2, continued=3, stories=3),
     "test": Counts(takes=3, clips=11, concepts=25, moving_concepts=4, continued=4, stories=5),
 }

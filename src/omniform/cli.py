@@ -310,7 +310,7 @@ def train(
 ) -> None:
     """Train a model in one process; the same command continues a run that was stopped.
 
-    omniform train digits steps=200 stages.0.steps=50 stages.1.steps=100 optim.lr=1e-3 --out runs/try
+    omniform train digits steps=200 stages.0.steps=50 optim.lr=1e-3 --out runs/try
     """
     from omniform.preview import draw_samples
     from omniform.training.run import train as run

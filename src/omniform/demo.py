@@ -137,7 +137,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
     short: dict[str, tuple[str, ...]] = {}
     if tiny:
         short = {f"{name} tokenizer": _TINY_STEPS for name in MODALITIES if name != "text"}
-        short["model"] = (*_TINY_STEPS, "stages.0.steps=2", "stages.1.steps=1")
+        short["model"] = (*_TINY_STEPS, "stages.0.steps=2")
     overrides = {name: [*_moved_to(out, file), *short.get(name, ())] for name, file in configs.items()}
     recipe = {
         name: [(CONFIGS / f"{file}.yaml").read_text(encoding="utf-8"), overrides[name]]
