@@ -85,6 +85,8 @@ def _encoder(tokenizers: Callable[[], Tokenizers], digests: Mapping[str, str]) -
     loaded = tokenizers()
 
     def encode(job: EncodingJob) -> None:
+        if not sys.stderr.isatty():
+            print(f"encoding {job} ...", file=sys.stderr, flush=True)
         shard = read_index(job.shard, job.index_dir)
         write_token_shard(job.path, encode_shard(shard, loaded), token_shard_identity(shard, digests))
 

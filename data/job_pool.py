@@ -70,7 +70,7 @@ def _death_named(job: object) -> Iterator[None]:
         yield
     except (EOFError, OSError) as error:  # of the connection
         raise DataError(
-            f"the process for {job} died: run the command again to continue, with fewer workers if memory ran out"
+            f"the process for {job} died: run the command again, with fewer workers if memory ran out"
         ) from error
 
 

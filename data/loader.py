@@ -79,6 +79,7 @@ class TrainingData:
         tokenizers: by modality; every modality of every task is among them.
         objectives: by modality.
         cache_dir: where tokens are kept.
+        encoding_workers: processes that encode what it lacks.
         rows_per_step: rows of one optimizer step over all processes.
         stages: ascending from step 0, with the sources of `config` under other weights and tasks.
 
@@ -96,6 +97,7 @@ class TrainingData:
         *,
         seed: int,
         cache_dir: Path,
+        encoding_workers: int = 1,
         rows_per_step: int,
         stages: Sequence[DataStage] = (),
     ) -> None:
@@ -106,7 +108,7 @@ class TrainingData:
             for source in stage.config.sources:
                 for task in source.tasks:
                     _check_modalities(source.path, task, tokenizers)
-        self.sources = open_sources(config.sources, tokenizers, cache_dir, config.encoding_workers)
+        self.sources = open_sources(config.sources, tokenizers, cache_dir, encoding_workers)
         for stage in self.stages:
             for opened, source in zip(self.sources, stage.config.sources, strict=True):
                 check_tasks(opened, source.tasks)
@@ -271,7 +273,6 @@ def _check_modalities(path: Path, task: str, tokenizers: Mapping[str, Modality])
 def _settings(config: DataConfig) -> dict[str, Any]:
     """Return what of the configuration decides what is drawn."""
     settings: dict[str, Any] = TypeAdapter(DataConfig).dump_python(config, mode="json")
-    del settings["encoding_workers"]  # which changes no token
     for source in settings["sources"]:
         # The data may move and be called something else; its digest says what it is.
         del source["path"], source["index_dir"], source["name"]

@@ -114,14 +114,11 @@ class DataConfig:
     Attributes:
         row_length: tokens of a packed row; no document may be longer.
         condition_dropout: fraction of documents that lose everything given, for guidance (arXiv:2207.12598).
-        encoding_workers: processes that encode at the same time what the cache lacks, each on one thread; what they
-            write does not depend on their number.
     """
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     row_length: int = Field(default=256, ge=2)
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
-    encoding_workers: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _check_weights(self) -> "DataConfig":

@@ -174,14 +174,22 @@ def fill_cache(
         DataError: see `TokenSource`.
     """
     digests = {name: tokenizer_digest(tokenizers[name]) for name in sorted(tokenizers)}
-    jobs = {}
+    jobs = dict[Path, tuple[EncodingJob, int]]()  # by file: shards that are alike are encoded once
     for folder, index_dir in folders:
         if not _holds_tokens(folder, index_dir):
             for shard in ShardReader(folder, index_dir).shards:
                 path = _cache_path(token_shard_identity(shard, digests), cache_dir)
-                jobs[EncodingJob(shard.shard, index_dir, path)] = len(shard.samples)
+                jobs[path] = EncodingJob(shard.shard, index_dir, path), len(shard.samples)
+    if all(path.exists() for path in jobs):
+        return  # a cache that lacks nothing may lie where nobody can write
     with locked(cache_dir):
-        encode_missing(jobs, functools.partial(dict[str, Modality[Any]], tokenizers), digests, workers)
+        for leftover in cache_dir.glob("*.partial"):  # of processes that were killed
+            leftover.unlink(missing_ok=True)
+        encode_missing(dict(jobs.values()), functools.partial(_same, tokenizers), digests, workers)
+
+
+def _same(tokenizers: Mapping[str, Modality[Any]]) -> Mapping[str, Modality[Any]]:
+    return tokenizers
 
 
 def _cached(shard: ShardIndex, digests: Mapping[str, str], cache_dir: Path) -> TokenShard:

@@ -21,7 +21,7 @@ Decoded = Callable[[Int[np.ndarray, "R"]], Float[np.ndarray, "R F"]]
 @dataclass(frozen=True)
 class CopyDetector:
     """Tells copies from new items by Euclidean distance: a copy is nearer to its nearest train item than 95% of the
-    original train items are to their nearest other one.
+    original train items are to their nearest other one. Items that another one equals to the last number bound nothing.
 
     What is compared has been through the same tokenizer, or its loss alone would keep it apart. As that takes long for
     all train items, it is done with the N_NEAREST alone that are nearest to it among `train`.
@@ -56,7 +56,10 @@ class CopyDetector:
             )
         measured = originals[:N_MEASURED]
         apart = _distances(decoded(measured), train, decoded, originals, measured)
-        return cls(train, decoded, float(np.percentile(apart, _PERCENTILE)))
+        # Train items that their tokenizer makes the same, such as one drawing at rest twice, would bound nothing.
+        different = apart[apart > 0]
+        bound = np.percentile(different, _PERCENTILE) if len(different) else np.nextafter(0.0, 1.0)
+        return cls(train, decoded, float(bound))
 
     def find(self, items: Float[np.ndarray, "N F"]) -> Bool[np.ndarray, "N"]:
         """Return which items are copies of a train item."""

@@ -56,18 +56,23 @@ class CellScorer:
         items = [tokenizer.from_pil(image) for image in images]
         return np.asarray(self.judges["image"].judge(items, motions=False).digits)
 
-    def prepare(self, cells: Sequence[str]) -> None:
+    def prepare(self, cells: Sequence[str], *, only_foreign: bool = False) -> None:
         """Make the judges of some cells, so that one which cannot be made is known before anything is generated.
+
+        Args:
+            only_foreign: only those that others have trained, which may not be installed, and take no fitting.
 
         Raises:
             OmniformError: see `Judges`.
         """
         for cell in cells:
             source, _, target = cell.partition("->")
-            for name in (target, *([source] if target == "text" else [])):
-                self.judges[name]
+            needed = [target, *([source] if target == "text" else [])]
             if target == "speech" and self.hears_twice:
-                self.judges[SECOND_OF_SPEECH]
+                needed.append(SECOND_OF_SPEECH)
+            for name in needed:
+                if not only_foreign or name in ("speech", SECOND_OF_SPEECH):
+                    self.judges[name]
 
     def score(self, cell: str, keywords: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Return the figures of a cell, and what its first replies were."""

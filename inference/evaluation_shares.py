@@ -16,8 +16,9 @@ import torch
 from omniform.data.job_pool import done_in_processes
 from omniform.inference.evaluation_cells import CellScorer
 
-# Cells of one target have their judge and the train items that replies are compared with in common. Longest first.
-_TARGETS = ("speech", "video", "image", "text")
+# Cells of one target have their judge, and the train items that replies are compared with, in common. Those that take
+# longest come first.
+_LONGEST = ("speech", "video")
 
 Sampling = Mapping[str, Mapping[str, Any]]
 
@@ -46,7 +47,7 @@ def score_here(suite: CellScorer, cells: Sequence[str], sampling: Sampling) -> S
         started = time.monotonic()
         scored.cells[cell], scored.samples[cell] = suite.score(cell, sampling.get(cell.partition("->")[2], {}))
         _say(cell, scored.cells[cell], time.monotonic() - started)
-    scored.judges, scored.copies = suite.judges.about, suite.copies_about
+    scored.judges, scored.copies = suite.judges.about, dict(sorted(suite.copies_about.items()))
     return scored
 
 
@@ -61,21 +62,24 @@ def score_in_processes(
     Raises:
         DataError: what `score_here` would raise, or a process died.
     """
+    suite().prepare(cells, only_foreign=True)
     parts: dict[str, Scored] = {}
     with tempfile.TemporaryDirectory(prefix="omniform-") as folder:
-        shares = [_Share(name, tuple(c for c in cells if c.endswith(f">{name}")), Path(folder)) for name in _TARGETS]
-        jobs = [share for share in shares if share.cells]
+        targets = dict.fromkeys(cell.partition("->")[2] for cell in cells)
+        names = sorted(targets, key=lambda name: _LONGEST.index(name) if name in _LONGEST else len(_LONGEST))
+        jobs = [_Share(name, tuple(c for c in cells if c.endswith(f">{name}")), Path(folder)) for name in names]
         with closing(done_in_processes(jobs, functools.partial(_scorer, suite, sampling), workers)) as done:
             for share in done:
                 parts[share.target] = Scored(**json.loads(share.path.read_text(encoding="utf-8")))
     whole = Scored()
     for part in parts.values():
         whole.judges.update(part.judges)
-    whole.judges = dict(sorted(whole.judges.items()))
     for cell in cells:
         part = parts[cell.partition("->")[2]]
         whole.cells[cell], whole.samples[cell] = part.cells[cell], part.samples[cell]
         whole.copies.update(part.copies)
+    # In an order that does not tell which process did what.
+    whole.judges, whole.copies = dict(sorted(whole.judges.items())), dict(sorted(whole.copies.items()))
     return whole
 
 
@@ -98,7 +102,6 @@ def _scorer(suite: Callable[[], CellScorer], sampling: Sampling) -> Callable[[_S
     own = suite()
 
     def score(share: _Share) -> None:
-        # What a worker keeps of a share before is kept in the figures of both; they tell the same.
         share.path.write_text(json.dumps(vars(score_here(own, share.cells, sampling))), encoding="utf-8")
 
     return score

@@ -243,6 +243,8 @@ class TrainConfig(FitConfig):
         tokenizers: folder of the trained tokenizer of each modality, text among them.
         generation: default sampling settings by modality, stored with the model.
         cache_dir: where the tokens of the data are kept; "tokens" in the run folder unless given.
+        encoding_workers: processes that encode at the same time what the cache lacks, each on one thread; what they
+            write does not depend on their number.
     """
 
     stages: tuple[ModelStageConfig, ...] = ()
@@ -251,6 +253,7 @@ class TrainConfig(FitConfig):
     data: DataConfig
     generation: dict[str, SamplingSettings] = Field(default_factory=dict)
     cache_dir: Path | None = None
+    encoding_workers: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _check_mixtures(self) -> "TrainConfig":

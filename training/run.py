@@ -78,6 +78,7 @@ def train(
         config.model.objectives,
         seed=config.seed,
         cache_dir=config.cache_dir or out / "tokens",
+        encoding_workers=config.encoding_workers,
         rows_per_step=config.rows_per_step,
         stages=config.data_stages,
     )

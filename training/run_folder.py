@@ -13,7 +13,7 @@ import yaml
 
 from omniform.errors import OmniformError
 from omniform.modeling.config import dump_config, parse_config
-from omniform.training.config import FitConfig
+from omniform.training.config import FitConfig, TrainConfig
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -120,5 +120,7 @@ def _check_same_run(path: Path, config: FitConfig) -> None:
 def _essence(config: FitConfig) -> FitConfig:
     """Return the configuration with everything at its default that does not change what is trained."""
     blank = FitConfig(name="any", steps=1)
+    if isinstance(config, TrainConfig):
+        config = replace(config, cache_dir=None, encoding_workers=1)
     engine = replace(config.engine, zero_stage=blank.engine.zero_stage, micro_batch_rows=blank.engine.micro_batch_rows)
     return replace(config, engine=engine, log=blank.log, checkpoint=blank.checkpoint)

@@ -21,8 +21,8 @@ class NextToken(Objective):
     Attributes:
         input_dropout: probability with which training hides a content, by the mask id, from the predictions after it:
             a span then leans on what comes before it more than on itself (word dropout, arXiv:1511.06349; deviation:
-            the hidden word is drawn anew for every sample, and the last content, which ends the span, is never
-            hidden). Parts after the span read it with its gaps.
+            the last content, which ends the span, is never hidden). Parts after the span read it with its gaps, which
+            nothing generated has: it is meant for spans that come last.
     """
 
     kind: Literal["next_token"] = "next_token"

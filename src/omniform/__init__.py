@@ -5,7 +5,14 @@ and moving pictures (`Video`) that they hold, `read_part` and `write_part` for t
 prepares a picture to be continued beyond its edges. Everything else may change.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# PyTorch and oneDNN keep the matrix products that they have compiled on a CPU, one per shape, each with memory of its
+# own. Packed rows give new shapes in every step: with the default of 1024 a training run grows by gigabytes, and spends
+# its time on fresh pages. They are read at the first product; what is set already stands.
+for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "256")
 
 __version__ = "0.1.0"
 __all__ = [

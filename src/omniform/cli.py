@@ -280,18 +280,8 @@ def evaluate(
     from omniform.inference.evaluation import evaluate_any_to_any
     from omniform.inference.generate import load
 
-    loaded = load(model)
-    metrics = evaluate_any_to_any(
-        loaded,
-        data,
-        split=split,
-        cells=cells,
-        seed=seed,
-        limit=limit,
-        second_judge=second_judge,
-        out=out,
-        workers=workers,
-    )
+    keywords: dict[str, Any] = {"split": split, "cells": cells, "seed": seed, "limit": limit, "workers": workers}
+    metrics = evaluate_any_to_any(load(model), data, **keywords, second_judge=second_judge, out=out)
     if as_json:
         print_json(metrics)
     else:

@@ -9,7 +9,6 @@ OUT/stages.json calls finished has that digest, continued when the one that was 
 import functools
 import hashlib
 import json
-import os
 import resource
 import shlex
 import shutil
@@ -42,7 +41,7 @@ from omniform.training.tokenizer_task import train_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_OUT = Path("runs/demo")
-MOST_WORKERS = 4  # that evaluate, each with a gigabyte of its own
+N_WORKERS = 2  # that encode, as configs/digits.yaml says, and that evaluate, each with a gigabyte of its own
 MODALITIES = ("text", "image", "speech", "video")
 _PROMPTS = tuple(f"the digit {digit}" for digit in range(10))
 # Two rows of ten for each wording that training never saw.
@@ -124,7 +123,7 @@ def run_stages(stages: Sequence[Stage], record: Path, *, fresh: bool = False) ->
             entry["seconds"] = round(spent + time.monotonic() - started, 2)
             entry["peak_mib"] = _peak_mib()
             _write_record(record, known)
-        print(f"{title}: {entry['seconds']:.0f} s, peak memory {entry['peak_mib']:,.0f} MiB", flush=True)
+        print(f"{title}: {entry['seconds']:.0f} s, at most {entry['peak_mib']:,.0f} MiB", flush=True)
 
 
 def demo_stages(out: Path, size: str) -> list[Stage]:
@@ -174,7 +173,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
         draw_samples(loaded, out / "samples", _SHOWN)
         # The second judge of speech would take a minute more; `omniform eval` asks it.
         evaluate_any_to_any(
-            Model(loaded), data, limit=limit, second_judge=False, out=out / "metrics.json", workers=_n_workers()
+            Model(loaded), data, limit=limit, second_judge=False, out=out / "metrics.json", workers=N_WORKERS
         )
 
     of_model = ("data", *(f"{modality} tokenizer" for modality in MODALITIES))
@@ -183,7 +182,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
         Stage("data", [__version__, digits.VERSION, copies, takes], (data / "manifest.json",), build),
         *(tokenizer_stage(modality) for modality in MODALITIES),
         Stage("model", recipe["model"], (model / "manifest.sha256",), fit, needs=of_model),
-        Stage("evaluation", limit, evaluated, evaluate, needs=("data", "model")),
+        Stage("evaluation", [limit, "one judge of speech"], evaluated, evaluate, needs=("data", "model")),
     ]
 
 
@@ -220,15 +219,11 @@ def _write_record(path: Path, content: object) -> None:
     write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
-def _n_workers() -> int:
-    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
-
-
 def _peak_mib() -> float:
-    """Return the most memory held so far, in MiB: of this process, and of as many of its largest child as work at a
-    time, which is a bound and not reached where not all are as large at once."""
+    """Return at most how much memory was held at once so far, in MiB: what this process held, and N_WORKERS times what
+    the largest of the processes that it started did."""
     own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return round((own + _n_workers() * child) / (2**20 if sys.platform == "darwin" else 2**10), 1)
+    return round((own + N_WORKERS * child) / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def _commands(out: Path, size: str) -> list[str]:
@@ -244,7 +239,8 @@ def _commands(out: Path, size: str) -> list[str]:
             for name in MODALITIES
         ),
         f"omniform train digits --out {DEFAULT_OUT}/run",
-        f"omniform eval {DEFAULT_OUT}/run/model --data {DEFAULT_OUT}/data --out {DEFAULT_OUT}/metrics.json",
+        f"omniform eval {DEFAULT_OUT}/run/model --data {DEFAULT_OUT}/data --out {DEFAULT_OUT}/metrics.json \\",
+        f"    --no-second-judge --workers {N_WORKERS}",
     ]
 
 

@@ -59,7 +59,7 @@ def _headline(metrics: Mapping[str, Any], stages: Mapping[str, Any], note: str) 
             (percent(least), f"of the ceiling, lowest:<br>{arrow(lowest)}"),
         ]
     entries.append((_duration(sum(stage["seconds"] for stage in stages.values())), "from nothing to<br>this report"))
-    entries.append((f"{max(stage['peak_mib'] for stage in stages.values()) / 1024:.1f} GiB", "peak memory"))
+    entries.append((f"{max(stage['peak_mib'] for stage in stages.values()) / 1024:.1f} GiB", "memory at most"))
     *names, last = (html.escape(_SHOWN.get(name, name)) for name in modalities_of(metrics))
     return (
         "<header><h1>One small transformer, trained here</h1><p>It learnt from scratch, on this machine, to turn "
@@ -188,7 +188,7 @@ def _stages(stages: Mapping[str, Any]) -> str:
         (html.escape(name), _duration(stage["seconds"]), f"{stage['peak_mib']:,.0f} MiB")
         for name, stage in stages.items()
     ]
-    return f"<h2>Time and memory</h2>{table(('stage', 'time', 'peak memory so far'), rows)}"
+    return f"<h2>Time and memory</h2>{table(('stage', 'time', 'memory so far, at most'), rows)}"
 
 
 def _duration(seconds: float) -> str:

@@ -38,7 +38,7 @@ def test_what_a_job_raises_is_told() -> None:
 
 
 def test_a_process_that_dies_over_a_job_is_noticed_and_the_job_named() -> None:
-    with pytest.raises(DataError, match=r"^the process for 3 died: run the command again .* with fewer workers"):
+    with pytest.raises(DataError, match=r"^the process for 3 died: run the command again, with fewer workers"):
         list(done_in_processes([3], partial(partial, os._exit), 1))
 
 

@@ -397,12 +397,13 @@ def test_training_fills_its_cache_with_the_same_bytes_whatever_the_number_of_wor
     objectives = {"text": NextToken(), "speech": NextToken(), "image": Masked(), "video": Masked()}
     loaders = [
         TrainingData(
-            DataConfig(sources, row_length=400, encoding_workers=workers),
+            DataConfig(sources, row_length=400),
             tokenizers,
             build_vocabulary(tokenizers),
             objectives,
             seed=0,
             cache_dir=tmp_path / str(workers),
+            encoding_workers=workers,
             rows_per_step=2,
         )
         for workers in (1, 3)

@@ -52,6 +52,17 @@ def test_a_lossy_round_trip_keeps_no_copy_apart() -> None:
     assert detector.find(np.round(new)).mean() < 0.2
 
 
+def test_train_items_that_are_the_same_do_not_hide_copies() -> None:
+    random = np.random.default_rng(0)
+    train, new = random.normal(size=(40, 8)), random.normal(5, size=(40, 8))
+    twice = np.concatenate([train, train[:8]])
+    assert exact(twice).find(flat(train)).all()
+    assert not exact(twice).find(flat(new)).any()
+    alone = exact(np.zeros((5, 8)))
+    assert alone.find(np.zeros((1, 8))).all()
+    assert not alone.find(flat(new)).any()
+
+
 def test_altered_train_items_that_were_shown_are_copies_too() -> None:
     drawings = load_digit_images()[0]
     originals = drawings[SPLIT_ROWS["train"]]

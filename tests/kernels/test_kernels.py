@@ -120,17 +120,28 @@ def test_cross_entropy_equals_its_formula_forward_and_backward(z_loss: float) ->
     torch.testing.assert_close(a, b, atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("given", [None, "7"])
-def test_caches_of_compiled_products_are_bounded_unless_the_environment_says_otherwise(given: str | None) -> None:
-    names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= dict.fromkeys(names, given) if given is not None else {}
-    # A thousand shapes, as many as the default would keep: the products still come out right.
-    script = f"""
-import os, omniform.kernels.attention, torch
-print(*(os.environ[name] for name in {names}))
-weight = torch.eye(16, dtype=torch.bfloat16)
-print(all(torch.equal(x @ weight, x) for x in (torch.randn(n, 16).bfloat16() for n in range(1, 1001))))
+SHAPES = """
+import os, resource, omniform, torch
+from torch.nn import functional as F
+weight = torch.randn(512, 512).bfloat16()
+def held(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for n in range(1, 1001):
+    F.linear(torch.randn(n, 512).bfloat16(), weight)
+    if n == 200:
+        before = held()
+print(os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], held() - before)
 """
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [given or "256"] * 2 + ["True"]
+
+
+def test_products_of_many_shapes_hold_less_memory_than_libraries_keep_by_default() -> None:
+    names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    bare = {name: value for name, value in os.environ.items() if name not in names}
+    grown = {}
+    for capacity in (None, "1024"):
+        environment = bare | (dict.fromkeys(names, capacity) if capacity else {})
+        command = [sys.executable, "-c", SHAPES]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        *capacities, more = done.stdout.split()
+        assert capacities == [capacity or "256"] * 2  # what the environment says stands
+        grown[capacity] = int(more)
+    assert grown[None] < 0.8 * grown["1024"], grown
