@@ -67,7 +67,11 @@ def evaluate_any_to_any(
         raise OmniformError(f"unknown cells {', '.join(unknown)}, expected some of {', '.join(CELLS)}")
     if out is not None and out.is_dir():
         raise OmniformError(f"out is the folder {out}, expected a file to write, such as {out / 'metrics.json'}")
-    ShardReader(data_dir / "train")  # is it a world?
+    if not (data_dir / "train").is_dir():
+        raise OmniformError(
+            f"{data_dir} holds no world: expected the folder that `omniform data build` or the demo made"
+        )
+    ShardReader(data_dir / "train")
     if workers < 1:
         raise OmniformError(f"{workers} workers, expected at least 1")
     world = World(model.tokenizers, data_dir, split)

@@ -159,7 +159,7 @@ class Model:
         if targets.names is None and not self.network.config.next_span_weight:
             raise OmniformError(
                 f'to is "{ANY}", but this model has not learnt what follows a part (model.next_span_weight is 0): name '
-                "the parts in order, such as to=['text', 'image']"
+                "the parts in order, such as text, then image"
             )
         return targets
 

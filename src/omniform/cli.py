@@ -367,7 +367,7 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="attention, generation, batch_invariance, experts, objectives, judges, locations"
+            metavar="NAME", help="A file of benchmarks/ without .py, such as attention; another name lists them."
         ),
     ],
     as_json: Json = False,

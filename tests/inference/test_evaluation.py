@@ -358,7 +358,7 @@ def test_settings_of_a_target_are_passed_on(loaded: LoadedModel, world: Path) ->
         ({"cells": ["text->smell"]}, "unknown cells text->smell, expected some of text->text, text->image"),
         ({"split": "train"}, "split is 'train', expected a held-out one"),
         ({"data_dir": Path("nowhere"), "out": Path(".")}, r"out is the folder \., expected a file"),
-        ({"data_dir": Path("nowhere")}, "nowhere/train holds no .tar shards"),
+        ({"data_dir": Path("nowhere")}, "nowhere holds no world: expected the folder that"),
     ],
 )
 def test_bad_arguments_are_named(loaded: LoadedModel, world: Path, keywords: dict[str, Any], message: str) -> None:

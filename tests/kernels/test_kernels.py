@@ -121,10 +121,10 @@ def test_cross_entropy_equals_its_formula_forward_and_backward(z_loss: float) ->
 
 
 SHAPES = """
-import os, resource, omniform, torch
+import os, omniform, torch
 from torch.nn import functional as F
 weight = torch.randn(512, 512).bfloat16()
-def held(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def held(): return int(open("/proc/self/statm").read().split()[1])
 for n in range(1, 1001):
     F.linear(torch.randn(n, 512).bfloat16(), weight)
     if n == 200:
@@ -133,6 +133,8 @@ print(os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPAC
 """
 
 
+# Not by the most that a process has held, which on Linux begins with what its parent held.
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory held from /proc")
 def test_products_of_many_shapes_hold_less_memory_than_libraries_keep_by_default() -> None:
     names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     bare = {name: value for name, value in os.environ.items() if name not in names}
