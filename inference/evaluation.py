@@ -49,7 +49,7 @@ def evaluate_any_to_any(
             installed and there is no limit.
         sampling: keywords of `generate` by target modality, over the model's defaults.
         workers: processes that score at the same time, each on one thread and with all that the judges need in memory;
-            with two they take two thirds of the time. Sums over another number of threads may round otherwise.
+            sums over another number of threads may round otherwise.
         out: metrics.json to write; samples.json, with the first replies, is written beside it.
 
     Returns:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -298,6 +299,15 @@ def test_tokenizer_under_another_name_is_refused(config_file: Path, tmp_path: Pa
 def test_changed_config_names_the_change(config_file: Path, trained: tuple[Path, list]) -> None:
     with pytest.raises(RunFolderError, match=r"-seed: 0\n\+seed: 1"):
         train(config_file, ["seed=1"], trained[0])
+
+
+def test_where_and_by_how_many_tokens_are_kept_may_change(config_file: Path, tmp_path: Path) -> None:
+    config = parse_config(TrainConfig, config_file.read_text(encoding="utf-8"))
+    open_run_folder(tmp_path / "run", config)
+    (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)  # it has begun
+    open_run_folder(tmp_path / "run", replace(config, encoding_workers=3, cache_dir=tmp_path / "elsewhere"))
+    with pytest.raises(RunFolderError, match="another configuration"):
+        open_run_folder(tmp_path / "run", replace(config, rows_per_step=2 * config.rows_per_step))
 
 
 def test_missing_config_is_refused(tmp_path: Path) -> None:
