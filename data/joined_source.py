@@ -203,7 +203,7 @@ def open_sources(
 def check_tasks(source: Source, tasks: Iterable[str]) -> None:
     """Refuse a task for which two folders of a joined source would give spans of one modality.
 
-    "X->X" may: it gives the span of the one and learns that of the other.
+    "X->X" and "X->Y+X" may: they give the span of the one and learn that of the other.
 
     Raises:
         DataError: the first such task.
@@ -212,9 +212,9 @@ def check_tasks(source: Source, tasks: Iterable[str]) -> None:
     for task in tasks:
         given, learnt = modalities_of(task)
         named = set(given) | set(learnt) if given else repeated
-        if (twice := sorted(named & repeated)) and (not given or given != learnt):
+        if (twice := sorted(named & repeated)) and (not given or twice != [given[0]] or learnt[-1] != given[0]):
             raise DataError(
                 f"{source.folder}: the task {task} would take {' and '.join(twice)} of several folders for one "
-                f"sample, where {twice[0]}->{twice[0]} alone can: leave it out of `join.modalities`, or join a folder "
-                "without it"
+                f"sample, where only {twice[0]}->{twice[0]} can, or one that learns others before it: leave it out of "
+                "`join.modalities`, or join a folder without it"
             )

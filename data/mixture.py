@@ -103,8 +103,11 @@ def _check_tasks(tasks: Mapping[str, float]) -> None:
             )
         if len(set(given)) < len(given) or len(set(learnt)) < len(learnt):
             raise ValueError(f"task {task!r} names a modality twice on one side")
-        if set(given) & set(learnt) and (given != learnt or len(given) > 1):
-            raise ValueError(f"task {task!r} both gives and learns a modality, which X->X alone can do")
+        if set(given) & set(learnt) and (len(given) > 1 or learnt[-1] not in given):
+            raise ValueError(
+                f"task {task!r} both gives and learns a modality, which only X->X can do, or X->Y+X: one is given, "
+                "and learnt last"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -168,13 +171,17 @@ def arrange(task: str, modalities: Sequence[str]) -> list[tuple[int, Role]]:
     if task == INTERLEAVED:
         return [(place, Role.TARGET) for place in range(len(modalities))] if len(modalities) > 1 else []
     given, learnt = modalities_of(task)
-    if given == learnt:
-        places = [place for place, modality in enumerate(modalities) if modality == given[0]]
-        return [(places[0], Role.CONTEXT), (places[-1], Role.TARGET)] if len(places) > 1 else []
-    if not set(given) | set(learnt) <= set(modalities):
+    places = {name: [place for place, modality in enumerate(modalities) if modality == name] for name in modalities}
+    if not set(given) | set(learnt) <= set(places):
         return []
-    sides = ((given, Role.CONTEXT), (learnt, Role.TARGET))
-    return [(p, role) for names, role in sides for name in names for p, m in enumerate(modalities) if m == name]
+    context = [places[name] for name in given]
+    target = [places[name] for name in learnt]
+    if learnt[-1] == given[0]:
+        if len(places[given[0]]) < 2:
+            return []
+        context, target[-1] = [places[given[0]][:1]], places[given[0]][-1:]
+    sides = ((context, Role.CONTEXT), (target, Role.TARGET))
+    return [(place, role) for parts, role in sides for found in parts for place in found]
 
 
 @plain_dataclass(frozen=True)

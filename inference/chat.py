@@ -37,6 +37,7 @@ from omniform.inference.protocol import (
     ANY,
     ContentPart,
     DataPart,
+    Done,
     ImagePart,
     PartDone,
     SpanProgress,
@@ -140,6 +141,8 @@ class Chat:
                         self.screen.progress(f"{event.modality} {event.step}/{event.n_steps}")
                     elif isinstance(event, PartDone):
                         turn.reply.append(self._show(event.part))
+                    elif isinstance(event, Done) and event.reply.through:
+                        self.screen.note(f"by way of: {', '.join(map(_describe, event.reply.through))}")
         except KeyboardInterrupt:
             turn.stopped = True
             raise
@@ -331,6 +334,8 @@ def _picture(part: ContentPart) -> Image.Image | None:
 
 
 def _describe(part: ContentPart) -> str:
+    if isinstance(part, TextPart):
+        return part.text
     if isinstance(part, ImagePart):
         return f"image, {part.image.width} x {part.image.height} pixels"
     if isinstance(part, SpeechPart):

@@ -27,6 +27,7 @@ class Output:
         sample: which of the samples that were asked for it belongs to.
         seed: what the run can be repeated with.
         n_near_ties: of the whole sample; see `Reply`.
+        through: texts that were written on the way to the whole sample; see `Reply`.
     """
 
     modality: str
@@ -35,6 +36,7 @@ class Output:
     sample: int
     seed: int
     n_near_ties: int
+    through: tuple[str, ...]
 
 
 def generate_files(
@@ -86,7 +88,9 @@ def generate_files(
     for (sample, part), path in zip(found, destination.paths([part for _, part in found]), strict=True):
         if path is not None:
             write_part(part, path)
-        outputs.append(Output(part.modality, _text(part), path, sample, seed, replies[sample].n_near_ties))
+        reply = replies[sample]
+        through = tuple(text for one in reply.through if (text := _text(one)) is not None)
+        outputs.append(Output(part.modality, _text(part), path, sample, seed, reply.n_near_ties, through))
     return outputs
 
 

@@ -29,6 +29,7 @@ def evaluate_any_to_any(
     limit: int | None = None,
     second_judge: bool | None = None,
     sampling: Mapping[str, Mapping[str, Any]] | None = None,
+    direct: bool = False,
     out: Path | None = None,
     workers: int = 1,
 ) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def evaluate_any_to_any(
         second_judge: whether Whisper hears SECOND_JUDGE_LIMIT of the replies in speech too; unless given, where it is
             installed and there is no limit.
         sampling: keywords of `generate` by target modality, over the model's defaults.
+        direct: let no reply go by way of another modality; see `GenerationConfig.through`.
         workers: processes that score at the same time, each on one thread and with all that the judges need in memory;
             sums over another number of threads may round otherwise.
         out: metrics.json to write; samples.json, with the first replies, is written beside it.
@@ -82,10 +84,11 @@ def evaluate_any_to_any(
         raise OmniformError(f"cells that cannot be scored: {reasons}")
     served = [cell for cell in cells or CELLS if cell not in missing]
     suite = make_suite()
+    keywords = {name: {"direct": direct, **(sampling or {}).get(name, {})} for name in model.modalities}
     if workers == 1:
-        scored = score_here(suite, served, sampling or {})
+        scored = score_here(suite, served, keywords)
     else:
-        scored = score_in_processes(make_suite, served, sampling or {}, workers)
+        scored = score_in_processes(make_suite, served, keywords, workers)
     metrics: dict[str, Any] = {"suite": "any-to-any", "split": split, "seed": seed, "cells": scored.cells}
     metrics["missing"] = [{"cell": cell, "reason": reason} for cell, reason in missing.items()]
     metrics["judges"], metrics["copies"] = scored.judges, scored.copies

@@ -98,6 +98,7 @@ class CellScorer:
             also = ~copied_source
         real = self._ceiling(cell, items)
         scores = cell_figures(items.concepts, judged, real, self.world.held_out_pairs(items.concepts), also, also_real)
+        scores["through"] = [part.modality for part in replies[0].through]
         copied = copied_source
         if target != "text":
             copies = self._copies_of(cell)
@@ -184,6 +185,7 @@ class CellScorer:
         return [
             {
                 "prompt": told(self.model, prompts[place]),
+                "through": [told(self.model, part) for part in replies[place].through],
                 "reply": told(self.model, replies[place].parts[0]),
                 "expected": expected.tell(place),
                 "judged": judged.tell(place),

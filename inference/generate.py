@@ -65,13 +65,15 @@ class Model:
         grids = {name: tokenizer.fixed_grid for name, tokenizer in self.tokenizers.items()}
         self.engine = Engine(self.network, grids)
         config = parse_config(GenerationConfig, json.dumps(loaded.generation_config), source="generation_config.json")
-        if unknown := set(config.modalities) - set(self.modalities):
+        ways = {name for given, found in config.through.items() for name in (given, *found, *found.values())}
+        if unknown := {*config.modalities, *ways} - set(self.modalities):
             raise OmniformError(
                 f"generation_config.json has settings for {', '.join(sorted(unknown))}, but this model has "
                 f"{', '.join(self.modalities)}"
             )
         self.max_sequence_length = config.max_sequence_length
         self.defaults = {name: config.modalities.get(name, SamplingSettings()) for name in self.modalities}
+        self.through = config.through
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -100,6 +102,8 @@ class Model:
             negative_prompt: what guidance pushes away from, in any form of a prompt; nothing unless given.
             batch_invariant: run every prompt by itself, so that its reply is the same to the byte in any batch. Else
                 replies in a batch may differ from those alone where two choices are closer than the rounding of logits.
+            direct: go straight to what is asked for, where the model's `GenerationConfig.through` names a way. Without
+                it, a prompt of one modality is first turned into another: see `Reply.through`.
             seed: integer in [0, 2**63); drawn anew unless given, and told in the reply.
             callback: called with every `Event` as it happens.
 
@@ -210,16 +214,22 @@ class Model:
         for steps in itertools.chain(self.engine.run(sessions), [[]]):
             for step in steps:
                 state, span = step.span.state, step.span
+                number = span.number - requests[step.session].n_through
+                if number < 0:
+                    continue
                 if span.grid is not None:
-                    yield SpanProgress(span.modality, state.step, state.n_steps, span.number, first + step.session)
+                    yield SpanProgress(span.modality, state.step, state.n_steps, number, first + step.session)
                 elif deltas and span.modality == "text" and not state.done:
                     text = self._text_so_far(step)
                     if len(text) > len(told[step.session]):
-                        yield TextDelta(text[len(told[step.session]) :], span.number, first + step.session)
+                        yield TextDelta(text[len(told[step.session]) :], number, first + step.session)
                         told[step.session] = text
             finished = [step for step in steps if step.span.state.done]
             for step, part in zip(finished, self._decode(finished, sessions), strict=True):
-                place, number = first + step.session, step.span.number
+                place, number = first + step.session, step.span.number - requests[step.session].n_through
+                parts[step.session].append(part)
+                if number < 0:
+                    continue
                 if isinstance(part, TextPart):
                     rest = part.text[len(told[step.session]) :]
                     if rest:
@@ -227,14 +237,16 @@ class Model:
                     told[step.session] = ""
                 edit = requests[step.session].edit
                 if edit is not None and isinstance(part, ImagePart):
-                    part = ImagePart(edit.compose(part.image))
-                parts[step.session].append(part)
+                    part = parts[step.session][-1] = ImagePart(edit.compose(part.image))
                 yield PartDone(part, number, place)
             # A session that chooses to end does so between two steps.
             for number in sorted(number for number in open_replies if sessions[number].done):
                 open_replies.remove(number)
-                n_near_ties = sessions[number].n_near_ties
-                yield Done(Reply(tuple(parts[number]), requests[number].seed, n_near_ties), first + number)
+                request, found = requests[number], tuple(parts[number])
+                reply = Reply(
+                    found[request.n_through :], request.seed, sessions[number].n_near_ties, found[: request.n_through]
+                )
+                yield Done(reply, first + number)
 
     def _text_so_far(self, step: SpanStep) -> str:
         """Return the text of an open span, less a last character whose bytes may not all be there yet."""
@@ -270,15 +282,16 @@ class Model:
         negative = given.pop("negative_prompt", None)
         targets = self.targets(to, max_parts=given.pop("max_parts", None))
         seeds = parse_seeds(seed, len(prompts), fresh=secrets.randbits(63))
+        if not isinstance(direct := given.pop("direct", False), bool):
+            raise OmniformError(f"direct is {direct!r}, expected True or False")
         wanted = [given.pop(name, None) for name in ("image", "mask", "strength")]
         edits = parse_edits(*wanted, names=targets.names, seeds=seeds, tokenizer=self.tokenizers.get("image"))
         modalities = targets.names or self.modalities
         self._check_keywords(given, modalities)
-        settings = {
+        asked = {
             name: sampling_settings("generate", **{**vars(self.defaults[name]), **given}) for name in set(modalities)
         }
-        guided = any(chosen.guidance_scale != 1 for chosen in settings.values())
-        if negative is not None and not guided:
+        if negative is not None and all(chosen.guidance_scale == 1 for chosen in asked.values()):
             raise OmniformError("negative_prompt has no effect at guidance_scale 1: give a guidance_scale above 1")
         dropped = () if negative is None else self._parse(negative)
         requests = []
@@ -291,9 +304,21 @@ class Model:
                     f"guidance_scale is {given['guidance_scale']}, but the prompt holds no condition that guidance "
                     "could push towards: give a prompt, or guidance_scale=1"
                 )
+            own_targets = targets if direct or edit is not None else self._way(parts, targets)
+            settings = {name: asked.get(name, self.defaults[name]) for name in own_targets.names or modalities}
+            guided = any(chosen.guidance_scale != 1 for chosen in settings.values())
             own_dropped = dropped if guided and (parts or dropped) else None
-            requests.append(Request(parts, targets, settings, own_dropped, own_seed, sample, edit))
+            n_through = own_targets.max_parts - targets.max_parts
+            requests.append(Request(parts, own_targets, n_through, settings, own_dropped, own_seed, sample, edit))
         return requests
+
+    def _way(self, parts: Sequence[ContentPart], targets: Targets) -> Targets:
+        """Return what is generated for a prompt: what is asked for, after what lies on the way to it."""
+        given = {part.modality for part in parts}
+        if len(given) != 1 or targets.names is None:
+            return targets
+        between = self.through.get(given.pop(), {}).get(targets.names[0])
+        return targets if between is None else Targets((between, *targets.names), targets.max_parts + 1)
 
     def _check_keywords(self, given: Mapping[str, Any], modalities: Sequence[str]) -> None:
         objectives, names = self.network.config.objectives, ", ".join(modalities)

@@ -97,6 +97,7 @@ class Reply:
 
     Attributes:
         parts: in the order in which they were asked for.
+        through: what was generated before them on the way from the prompt; see `GenerationConfig`.
         seed: with the same prompt, settings and model it gives the same reply again.
         n_near_ties: choices on the way that the rounding of logits could have turned (see `KeyedDraw`): with none,
             the prompt has this reply in any batch.
@@ -105,6 +106,7 @@ class Reply:
     parts: tuple[ContentPart, ...]
     seed: int
     n_near_ties: int = 0
+    through: tuple[ContentPart, ...] = ()
 
     @property
     def text(self) -> str:
@@ -179,6 +181,7 @@ class Request:
     Attributes:
         prompt: parts in order; none for an unconditional sample.
         to: the parts to generate.
+        n_through: how many of them, from the first on, the reply leaves out.
         settings: by modality that may be generated.
         dropped: what stands in the prompt's place where guidance drops the condition; None without guidance.
         seed: see `KeyedDraw`.
@@ -188,6 +191,7 @@ class Request:
 
     prompt: tuple[ContentPart, ...]
     to: "Targets"
+    n_through: int
     settings: Mapping[str, SamplingSettings]
     dropped: tuple[ContentPart, ...] | None
     seed: int

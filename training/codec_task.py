@@ -48,9 +48,12 @@ class CodecTask:
                 "features": config.adversarial.feature_weight,
                 "discriminator": 1.0,
             }
-        reader = ShardReader(config.data, config.index_dir)
-        self._items, self.unreadable = _read_items(reader, self.tokenizer, config.max_items)
-        self._identity = {"data": reader.digest, "n_items": len(self._items)}
+        readers = [ShardReader(config.data, config.index_dir), *map(ShardReader, config.more_data)]
+        self._items, self.unreadable = list[Tensor](), Tally()
+        for reader in readers:
+            _read_items(reader, self.tokenizer, config.max_items, self._items, self.unreadable)
+        first, *others = [reader.digest for reader in readers]
+        self._identity = {"data": [first, *others] if others else first, "n_items": len(self._items)}
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
 
     def example(self, item: Shaped[Tensor, "*S"], n: int) -> Float[Tensor, "C *S"]:
@@ -106,11 +109,14 @@ class CodecTask:
         return keyed_permutation(len(self._items), self.config.seed, stream("tokenizer/order"), epoch)
 
 
-def _read_items(reader: ShardReader, tokenizer: CodecTokenizer[Any], max_items: int) -> tuple[list[Tensor], Tally]:
-    """Return compact items, and which could not be read."""
-    items: list[Tensor] = []
-    unreadable = Tally()
+def _read_items(
+    reader: ShardReader, tokenizer: CodecTokenizer[Any], max_items: int, items: list[Tensor], unreadable: Tally
+) -> None:
+    """Add compact items until there are `max_items`, and count those that could not be read."""
+    n_before = len(items)
     for place in range(len(reader)):
+        if len(items) >= max_items:
+            return
         try:
             spans = reader[place].spans
         except SampleError as error:
@@ -123,10 +129,7 @@ def _read_items(reader: ShardReader, tokenizer: CodecTokenizer[Any], max_items: 
                 items.append(tokenizer.compact(tokenizer.read(span.payload)))
             except TokenizerError as error:
                 unreadable.add(error.reason, reader.describe(place))
-        if len(items) >= max_items:
-            break
-    if not items:
+    if len(items) == n_before:
         raise OmniformError(
             f"{reader.folder} holds no {tokenizer.name} that can be read: {unreadable or 'none at all'}"
         )
-    return items, unreadable

@@ -242,6 +242,7 @@ class TrainConfig(FitConfig):
     Attributes:
         tokenizers: folder of the trained tokenizer of each modality, text among them.
         generation: default sampling settings by modality, stored with the model.
+        through: by modality of the prompt and of the reply, what is generated between the two; see `GenerationConfig`.
         cache_dir: where the tokens of the data are kept; "tokens" in the run folder unless given.
         encoding_workers: processes that encode at the same time what the cache lacks, each on one thread; what they
             write does not depend on their number.
@@ -252,6 +253,7 @@ class TrainConfig(FitConfig):
     tokenizers: dict[str, Path]
     data: DataConfig
     generation: dict[str, SamplingSettings] = Field(default_factory=dict)
+    through: dict[str, dict[str, str]] = Field(default_factory=dict)
     cache_dir: Path | None = None
     encoding_workers: int = Field(default=1, ge=1)
 
@@ -270,6 +272,19 @@ class TrainConfig(FitConfig):
                     f"data.sources.{number}: {source.label} has the weight 0 in the whole run: raise it or remove the "
                     "source"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_through(self) -> "TrainConfig":
+        stages = [self.data.changed(stage.mixture) for stage in self.stages] or [self.data]
+        learnt = {task for data in stages for source in data.sources if source.weight for task in source.tasks}
+        for given, routes in self.through.items():
+            for wanted, between in routes.items():
+                if (task := f"{given}->{between}+{wanted}") not in learnt:
+                    raise ValueError(
+                        f"through.{given}.{wanted} is {between}, but no source that is drawn has the task {task}: add "
+                        "it to the tasks of one, or leave this out"
+                    )
         return self
 
     @property

@@ -82,7 +82,9 @@ def train(
         rows_per_step=config.rows_per_step,
         stages=config.data_stages,
     )
-    generation = GenerationConfig(max_sequence_length=config.data.row_length, modalities=config.generation)
+    generation = GenerationConfig(
+        max_sequence_length=config.data.row_length, modalities=config.generation, through=config.through
+    )
     task = ModelTask(
         model,
         data,

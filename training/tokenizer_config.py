@@ -70,8 +70,9 @@ class CodecTrainConfig(FitConfig):
     Attributes:
         data: folder of indexed shards, such as WORLD/train; every span of the tokenizer's modality is learnt from.
         index_dir: where its indexes are, if not beside the shards.
+        more_data: folders to learn from as well, each with its indexes beside the shards.
         tokenizer: what is trained.
-        max_items: the first so many are held in memory, as integers; a larger folder is learnt from in part.
+        max_items: the first so many are held in memory, as integers; larger folders are learnt from in part.
         adversarial: train against a discriminator, which is not stored with the tokenizer; null: without.
     """
 
@@ -80,6 +81,7 @@ class CodecTrainConfig(FitConfig):
     kind: str
     data: Path
     index_dir: Path | None = None
+    more_data: tuple[Path, ...] = ()
     tokenizer: Any
     max_items: int = Field(default=200_000, ge=1)
     adversarial: AdversarialConfig | None = None

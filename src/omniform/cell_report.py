@@ -23,6 +23,9 @@ def cells_as_text(metrics: Mapping[str, Any]) -> str:
     lines += text_columns([("", *names), *([source, *_row(cells, source, names)] for source in names)])
     if summary := _summary(cells):
         lines.append(summary)
+    ways = {name: ", ".join(cell["through"]) for name, cell in cells.items() if cell.get("through")}
+    for way in sorted({*ways.values()}):
+        lines.append(f"by way of {way}: {', '.join(name for name, own in ways.items() if own == way)}")
     lines += [f"not scored, {reason}: {', '.join(missing)}" for reason, missing in _unscored(metrics).items()]
     lines += ["", *text_columns([("cell", *_HEAD), *((name, *_figures(cell)) for name, cell in cells.items())])]
     if parts := _part_rows(cells):
@@ -189,6 +192,8 @@ def _heat(metrics: Mapping[str, Any], name: str) -> str:
         f"<b>{percent(cell['accuracy'])}</b><span>{percent(ratio)} of ceiling {percent(cell['ceiling'])}</span>"
         f"<span>95%: {interval(cell['ci95'])}</span><span>n {cell['n']}, chance {percent(cell['chance'])}</span>"
     )
+    if cell.get("through"):
+        told += f"<span>by way of {html.escape(', '.join(cell['through']))}</span>"
     return f'<td style="background:{background};color:{ink}"><a href="#{anchor(name)}">{told}</a></td>'
 
 

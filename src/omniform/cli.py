@@ -156,6 +156,9 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Refinement steps of a picture or video.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest text or speech, in tokens.")] = None,
     max_parts: Annotated[int | None, typer.Option(help="Most parts of a reply to --to any. (default: 8)")] = None,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Go by way of no other modality, where the model otherwise would.")
+    ] = False,
     image: Annotated[Path | None, typer.Option(help="Picture to draw anew in part.")] = None,
     mask: Annotated[
         Path | None,
@@ -195,7 +198,7 @@ def generate(
         "max_parts": max_parts,
         "strength": strength,
     }
-    keywords = {key: value for key, value in given.items() if value is not None}
+    keywords = {key: value for key, value in given.items() if value is not None} | ({"direct": True} if direct else {})
     to = to or ["text" if image is None else "image"]
     outputs = generate_files(
         model, prompt or [], to, out, seed, n, image=image, mask=mask, margins=outpaint, **keywords
@@ -205,7 +208,8 @@ def generate(
     else:
         for output in outputs:
             if output.path is not None:
-                print(f"{output.path} (seed {output.seed})")
+                way = f"; by way of: {harmless(', '.join(output.through))}" if output.through else ""
+                print(f"{output.path} (seed {output.seed}{way})")
             elif output.text is not None:
                 print(harmless(output.text))
     if empty := sum(output.path is None and output.text is None for output in outputs):
@@ -268,6 +272,7 @@ def evaluate(
             help="Let Whisper hear some speech too. (default: where installed, without --limit)",
         ),
     ] = None,
+    direct: Annotated[bool, typer.Option("--direct", help="Let no reply go by way of another modality.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes that score at the same time, on a thread each.")] = 1,
     seed: Seed = 0,
     as_json: Json = False,
@@ -281,6 +286,7 @@ def evaluate(
     from omniform.inference.generate import load
 
     keywords: dict[str, Any] = {"split": split, "cells": cells, "seed": seed, "limit": limit, "workers": workers}
+    keywords["direct"] = direct
     metrics = evaluate_any_to_any(load(model), data, **keywords, second_judge=second_judge, out=out)
     if as_json:
         print_json(metrics)

@@ -71,9 +71,11 @@ def _sample(entry: Mapping[str, Any]) -> str:
     if entry.get("copy"):
         verdict += "; a copy"
     given, reply = _part(entry["prompt"], "given"), _part(entry["reply"], f"reply, {verdict}")
+    between = "".join(f"<div><b>&rarr;</b>{_part(part, 'on the way')}</div>" for part in entry.get("through", ()))
     right = bool(entry["right"])
+    pair = f'<div class="pair">{given}{between}<div><b>&rarr;</b>{reply}</div></div>'
     return (
-        f'<figure{"" if right else " class=wrong"}><div class="pair">{given}<div><b>&rarr;</b>{reply}</div></div>'
+        f"<figure{'' if right else ' class=wrong'}>{pair}"
         f"<figcaption><em>{'right' if right else 'wrong'}: {html.escape(verdict)}</em></figcaption></figure>"
     )
 

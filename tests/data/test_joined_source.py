@@ -206,6 +206,8 @@ def test_a_folder_that_is_named_several_times_is_opened_once(
         (["text->text", "image->text"], "image->text"),
         (["interleaved"], "interleaved"),
         (["image->image"], None),
+        (["text->image+text"], None),
+        (["image->text+image"], "image->text.image"),
     ],
 )
 def test_tasks_that_would_take_spans_of_one_modality_from_two_folders_are_refused(
@@ -255,6 +257,8 @@ def test_what_cannot_be_joined_is_refused(
         ("join=[{path: x, by: [], modalities: [image]}]", "join.0.by"),
         ("join=[{path: x, by: [digit], modalities: []}]", "join.0.modalities"),
         ("tasks={text+image->image: 1}", "both gives and learns"),
+        ("tasks={text->text+image: 1}", "both gives and learns"),
+        ("tasks={image+text->speech+text: 1}", "both gives and learns"),
         ("tasks={text+text->image: 1}", "names a modality twice"),
         ("tasks={text+->image: 1}", "expected modalities"),
     ):
@@ -270,3 +274,7 @@ def test_several_modalities_are_given_and_learnt_in_the_order_named() -> None:
     assert arrange("text->text", modalities) == [(0, context), (4, target)]
     assert arrange("image+speech->sound", modalities) == []
     assert arrange("image->image", modalities) == []
+    assert arrange("text->image+text", modalities) == [(0, context), (1, target), (4, target)]
+    assert arrange("text->speech+image+text", modalities) == [(0, context), (2, target), (1, target), (4, target)]
+    assert arrange("image->text+image", modalities) == []
+    assert arrange("text->sound+text", modalities) == []

@@ -1,0 +1,108 @@
+"""Replies by way of another modality: the last parts of what is asked for openly, with the same seed."""
+
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from omniform.errors import OmniformError
+from omniform.inference.generate import Model
+from omniform.inference.protocol import ContentPart, Done, ImagePart, PartDone, Reply, SpanProgress, TextDelta
+from omniform.modeling.folder import LoadedModel
+
+PICTURE = Image.new("L", (2, 2), 200)
+WAYS = {"image": {"image": "text"}, "text": {"text": "image"}}
+
+
+def with_ways(omni: Model, ways: dict[str, dict[str, str]]) -> Model:
+    settings = {"max_sequence_length": 60, "modalities": {"text": {"max_new_tokens": 12}}, "through": ways}
+    settings["modalities"]["image"] = {"guidance_scale": 2.0}  # type: ignore[index]
+    return Model(LoadedModel(omni.network, omni.tokenizers, settings))
+
+
+def contents(parts: tuple[ContentPart, ...]) -> list[object]:
+    return [part.image.tobytes() if isinstance(part, ImagePart) else part for part in parts]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("prompt", "to", "openly"),
+    [
+        (PICTURE, ["image"], ["text", "image"]),
+        ("a seven", ["text"], ["image", "text"]),
+        (PICTURE, ["image", "text"], ["text", "image", "text"]),
+        ([PICTURE, PICTURE], ["image"], ["text", "image"]),
+        ("a seven", ["image"], ["image"]),
+        ([PICTURE, "x"], ["image"], ["image"]),
+        ([], ["text"], ["text"]),
+    ],
+)
+def test_what_lies_on_the_way_is_generated_first_and_left_out(
+    omni: Model, prompt: Any, to: list[str], openly: list[str], seed: int
+) -> None:
+    model = with_ways(omni, WAYS)
+    reply, whole = model.generate(prompt, to, seed=seed), omni.generate(prompt, openly, seed=seed)
+    n_through = len(openly) - len(to)
+    assert contents(reply.through + reply.parts) == contents(whole.parts)
+    assert len(reply.through) == n_through
+    straight = model.generate(prompt, to, seed=seed, direct=True)
+    assert contents(straight.parts) == contents(omni.generate(prompt, to, seed=seed).parts)
+    assert straight.through == ()
+
+
+def test_a_batch_may_hold_prompts_with_and_without_a_way(omni: Model) -> None:
+    model = with_ways(omni, WAYS)
+    prompts: list[Any] = [PICTURE, "a seven", ["x", PICTURE], PICTURE]
+    replies = model.generate_batch(prompts, "image", seed=[5, 6, 7, 8])
+    assert [len(reply.through) for reply in replies] == [1, 0, 0, 1]
+    for prompt, reply in zip(prompts, replies, strict=True):
+        alone = model.generate(prompt, "image", seed=reply.seed)
+        assert contents(alone.through + alone.parts) == contents(reply.through + reply.parts)
+
+
+@pytest.mark.parametrize("to", [["image", "text"], ["text", "image"]])
+def test_events_tell_only_what_was_asked_for(omni: Model, to: list[str]) -> None:
+    model = with_ways(omni, WAYS)
+    events = list(model.stream(PICTURE if to[0] == "image" else "x", to, seed=2))
+    assert isinstance(events[-1], Done)
+    reply: Reply = events[-1].reply
+    assert [part.modality for part in reply.through] == [to[1]]
+    assert [event.part for event in events if isinstance(event, PartDone)] == list(reply.parts)
+    for number, modality in enumerate(to):
+        own = [event for event in events[:-1] if event.span == number]
+        if modality == "image":
+            assert [event.step for event in own[:-1] if isinstance(event, SpanProgress)] == [1, 2, 3]
+        else:
+            assert "".join(event.text for event in own if isinstance(event, TextDelta)) == reply.parts[number].data
+    assert {event.span for event in events[:-1]} == {0, 1}
+
+
+def test_settings_of_a_call_hold_for_what_is_asked_for(omni: Model) -> None:
+    """A greedy reply in pictures is written down with the model's own temperature."""
+    model = with_ways(omni, WAYS)
+    greedy = [model.generate(PICTURE, "image", seed=seed, temperature=0) for seed in range(8)]
+    usual = [model.generate(PICTURE, "image", seed=seed) for seed in range(8)]
+    assert [reply.through for reply in greedy] == [reply.through for reply in usual]
+    assert len({reply.through for reply in greedy}) > 1
+
+
+def test_a_picture_is_edited_straight(omni: Model) -> None:
+    model, mask = with_ways(omni, WAYS), Image.new("L", (2, 2), 255)
+    reply = model.generate(PICTURE, "image", image=PICTURE, mask=mask, seed=1)
+    assert reply.through == ()
+    assert contents(reply.parts) == contents(omni.generate(PICTURE, "image", image=PICTURE, mask=mask, seed=1).parts)
+
+
+def test_ways_of_modalities_that_the_model_lacks_are_refused(omni: Model) -> None:
+    for ways in ({"image": {"image": "speech"}}, {"video": {"image": "text"}}, {"text": {"video": "image"}}):
+        with pytest.raises(OmniformError, match=r"speech|video"):
+            with_ways(omni, ways)
+
+
+def test_room_counts_what_lies_on_the_way(omni: Model) -> None:
+    model = with_ways(omni, WAYS)
+    long = "x" * 50  # with its markers 52 of 60 rows; a picture takes 5, a text at least 3
+    assert model.generate(long, "text", seed=0, direct=True).parts
+    assert len(model.generate(long, "text", seed=0).through) == 1
+    with pytest.raises(OmniformError, match="too long"):
+        model.generate("x" * 51, "text", seed=0)
