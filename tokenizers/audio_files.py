@@ -132,11 +132,15 @@ def read_audio(source: bytes | Path, rate: int, max_seconds: float = MAX_SECONDS
     _check_rate(rate)
     with _opened(source, max_seconds) as (container, stream, _):
         sound, longest_frame = GrowingArray(), Fraction(0)
-        resampler = av.AudioResampler(format="flt", rate=rate)
+        resampler: av.AudioResampler | None = None
         for frame in itertools.chain(_decoded(container, stream), [None]):
             if frame is not None:
                 longest_frame = max(longest_frame, Fraction(frame.samples, frame.sample_rate))
-            for block in resampler.resample(frame):
+                if _needs_scaling_alone(frame, rate):
+                    sound.extend(frame.to_ndarray()[0].astype(np.float32) / 2**15)
+                else:
+                    resampler = resampler or av.AudioResampler(format="flt", rate=rate)
+            for block in resampler.resample(frame) if resampler else ():
                 if block is not None:  # which is the end of a sound that needs no conversion
                     sound.extend(_clipped(_mean_of_channels(block)))
             if len(sound) > max_seconds * rate + 1:
@@ -236,6 +240,12 @@ def _decoded(container: InputContainer, stream: AudioStream) -> Iterator[AudioFr
             )
         frame.pts = None
         yield frame
+
+
+def _needs_scaling_alone(frame: AudioFrame, rate: int) -> bool:
+    """Return whether a frame has one channel of 16-bit samples at the right rate, like all frames of its sound then: to
+    set up a conversion takes FFmpeg longer than to decode some seconds, and it would divide by 2**15 as well."""
+    return (frame.format.name, frame.layout.nb_channels, frame.sample_rate) == ("s16", 1, rate)
 
 
 def _mean_of_channels(frame: AudioFrame) -> npt.NDArray[np.float32]:

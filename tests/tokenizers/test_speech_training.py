@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,19 @@ def test_perturbed_recordings_stay_in_range_and_follow_their_keys(key: int, n_sa
     assert torch.equal(changed, perturbed(samples, config, key))
     assert changed.abs().max() <= 1
     assert n_samples / 1.25 - 1 <= len(changed) <= n_samples * 1.25 + 1
+
+
+@pytest.mark.parametrize("n_taps", [1, 3, 9])
+def test_a_recording_is_filtered_as_numpy_convolves_it(n_taps: int) -> None:
+    """With the response to an impulse, which is the filter: of all that is perturbed only that one is left."""
+    config = PerturbationConfig(speed=0, filter_taps=n_taps, filter_strength=0.3, gain_db=(0, 0))
+    impulse = torch.zeros(51)
+    impulse[25] = 0.5
+    response = 2 * perturbed(impulse, config, 7).double().numpy()
+    assert np.count_nonzero(response) == n_taps
+    samples = noise(400) / 4
+    expected = np.convolve(samples.double().numpy(), response, mode="same")
+    np.testing.assert_allclose(perturbed(samples, config, 7).numpy(), expected, atol=1e-6)
 
 
 def test_a_perturbation_of_nothing_changes_nothing() -> None:
