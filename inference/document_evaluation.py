@@ -53,6 +53,8 @@ def evaluate_documents(
     that counts and lets the model choose what comes, until it ends the document: does it draw and write in `turns`, two
     to four pictures in all, and is each part `right`?
 
+    All parts follow from each other directly, whatever `GenerationConfig.through` says of prompts.
+
     Args:
         folder: documents of a held-out split.
         digits_of: the image judge.
@@ -74,7 +76,7 @@ def evaluate_documents(
     ceiling = _ceiling(model, [*counting, *naming], digits_of)
 
     prompts = [(_text(d), _picture(model, d)) for d in counting]
-    replies = model.generate_batch([list(prompt) for prompt in prompts], ["text", "image"], seed=seed)
+    replies = model.generate_batch([list(prompt) for prompt in prompts], ["text", "image"], seed=seed, direct=True)
     named, drawn = _named(replies), digits_of([reply.images[0] for reply in replies]).tolist()
     following = [d.metadata["digits"][1] for d in counting]
     figures: dict[str, dict[str, Any]] = {
@@ -89,10 +91,10 @@ def evaluate_documents(
         for prompt, reply, text, image, wanted in zip(prompts, replies, named, drawn, following, strict=True)
     ][:N_SHOWN]
 
-    replies = model.generate_batch([[_text(d), _picture(model, d)] for d in naming], "text", seed=seed)
+    replies = model.generate_batch([[_text(d), _picture(model, d)] for d in naming], "text", seed=seed, direct=True)
     read = [a == d.metadata["digits"][0] for a, d in zip(_named(replies), naming, strict=True)]
     beginnings = [_text(d) for d in naming]
-    replies = model.generate_batch(beginnings, ["image", "text"], seed=seed)
+    replies = model.generate_batch(beginnings, ["image", "text"], seed=seed, direct=True)
     named, drawn = _named(replies), digits_of([reply.images[0] for reply in replies]).tolist()
     figures["naming"] = {
         "read": _figure(read, CHANCE, ceiling),

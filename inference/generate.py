@@ -34,6 +34,7 @@ from omniform.inference.protocol import (
     parse_seeds,
     parse_targets,
 )
+from omniform.inference.room import fit
 from omniform.inference.sampling import sampling_settings
 from omniform.inference.session import Plan, Session
 from omniform.modeling.config import parse_config
@@ -65,7 +66,7 @@ class Model:
         grids = {name: tokenizer.fixed_grid for name, tokenizer in self.tokenizers.items()}
         self.engine = Engine(self.network, grids)
         config = parse_config(GenerationConfig, json.dumps(loaded.generation_config), source="generation_config.json")
-        ways = {name for given, found in config.through.items() for name in (given, *found, *found.values())}
+        ways = {name for found in config.through.values() for name in (*found, *found.values())} | {*config.through}
         if unknown := {*config.modalities, *ways} - set(self.modalities):
             raise OmniformError(
                 f"generation_config.json has settings for {', '.join(sorted(unknown))}, but this model has "
@@ -84,7 +85,7 @@ class Model:
         """Answer one prompt.
 
         What is not given comes from the model's generation_config.json, and a value that is given holds for every
-        generated span that it applies to.
+        part of the reply that it applies to.
 
         Args:
             prompt: text, a PIL image, an `Audio`, a `Video`, a part, a list of these, or a chat; see `parse_prompt`.
@@ -102,8 +103,8 @@ class Model:
             negative_prompt: what guidance pushes away from, in any form of a prompt; nothing unless given.
             batch_invariant: run every prompt by itself, so that its reply is the same to the byte in any batch. Else
                 replies in a batch may differ from those alone where two choices are closer than the rounding of logits.
-            direct: go straight to what is asked for, where the model's `GenerationConfig.through` names a way. Without
-                it, a prompt of one modality is first turned into another: see `Reply.through`.
+            direct: go straight to what is asked for where the model's `GenerationConfig.through` names a way, as edits
+                always do. What lies on a way is sampled by the model's own settings, whatever is given here.
             seed: integer in [0, 2**63); drawn anew unless given, and told in the reply.
             callback: called with every `Event` as it happens.
 
@@ -214,7 +215,7 @@ class Model:
         for steps in itertools.chain(self.engine.run(sessions), [[]]):
             for step in steps:
                 state, span = step.span.state, step.span
-                number = span.number - requests[step.session].n_through
+                number = span.number - len(requests[step.session].through)
                 if number < 0:
                     continue
                 if span.grid is not None:
@@ -226,7 +227,7 @@ class Model:
                         told[step.session] = text
             finished = [step for step in steps if step.span.state.done]
             for step, part in zip(finished, self._decode(finished, sessions), strict=True):
-                place, number = first + step.session, step.span.number - requests[step.session].n_through
+                place, number = first + step.session, step.span.number - len(requests[step.session].through)
                 parts[step.session].append(part)
                 if number < 0:
                     continue
@@ -242,10 +243,9 @@ class Model:
             # A session that chooses to end does so between two steps.
             for number in sorted(number for number in open_replies if sessions[number].done):
                 open_replies.remove(number)
-                request, found = requests[number], tuple(parts[number])
-                reply = Reply(
-                    found[request.n_through :], request.seed, sessions[number].n_near_ties, found[: request.n_through]
-                )
+                found, n_through = tuple(parts[number]), len(requests[number].through)
+                n_near_ties = sessions[number].n_near_ties
+                reply = Reply(found[n_through:], requests[number].seed, n_near_ties, found[:n_through])
                 yield Done(reply, first + number)
 
     def _text_so_far(self, step: SpanStep) -> str:
@@ -304,21 +304,13 @@ class Model:
                     f"guidance_scale is {given['guidance_scale']}, but the prompt holds no condition that guidance "
                     "could push towards: give a prompt, or guidance_scale=1"
                 )
-            own_targets = targets if direct or edit is not None else self._way(parts, targets)
-            settings = {name: asked.get(name, self.defaults[name]) for name in own_targets.names or modalities}
-            guided = any(chosen.guidance_scale != 1 for chosen in settings.values())
+            between = None if direct or edit is not None else targets.way(parts, self.through)
+            through = {} if between is None else {between: self.defaults[between]}
+            own_targets = Targets((*through, *(targets.names or ())), targets.max_parts + 1) if through else targets
+            guided = any(chosen.guidance_scale != 1 for chosen in (*through.values(), *asked.values()))
             own_dropped = dropped if guided and (parts or dropped) else None
-            n_through = own_targets.max_parts - targets.max_parts
-            requests.append(Request(parts, own_targets, n_through, settings, own_dropped, own_seed, sample, edit))
+            requests.append(Request(parts, own_targets, asked, own_dropped, own_seed, sample, edit, through))
         return requests
-
-    def _way(self, parts: Sequence[ContentPart], targets: Targets) -> Targets:
-        """Return what is generated for a prompt: what is asked for, after what lies on the way to it."""
-        given = {part.modality for part in parts}
-        if len(given) != 1 or targets.names is None:
-            return targets
-        between = self.through.get(given.pop(), {}).get(targets.names[0])
-        return targets if between is None else Targets((between, *targets.names), targets.max_parts + 1)
 
     def _check_keywords(self, given: Mapping[str, Any], modalities: Sequence[str]) -> None:
         objectives, names = self.network.config.objectives, ", ".join(modalities)
@@ -348,46 +340,23 @@ class Model:
             raise OmniformError(f"modality {modality!r} {where}, but this model has {', '.join(self.modalities)}")
 
     def _session(self, request: Request, *, bounded: bool) -> Session:
-        """Tokenise a request; `bounded`: a number of text tokens that does not fit is an error, not lowered."""
+        """Tokenise a request; `bounded`: see `fit`."""
         context = self._encode(request.prompt)
         dropped = None if request.dropped is None else self._encode(request.dropped)
+        n_context = max(self._n_rows(context), self._n_rows(dropped or []))
+        settings, through = fit(request, n_context, self.max_sequence_length, self.engine.fixed_grids, bounded=bounded)
         plan = Plan(
             request.to.names,
-            self._fit(max(self._n_rows(context), self._n_rows(dropped or [])), request, bounded),
+            settings,
             request.seed,
             self.max_sequence_length,
             request.sample,
             request.to.max_parts,
             None if request.edit is None else request.edit.tokens,
             None if request.edit is None else request.edit.wanted,
+            through,
         )
         return Session(context, dropped, plan)
-
-    def _fit(self, n_context: int, request: Request, bounded: bool) -> Mapping[str, SamplingSettings]:
-        """Bound the text to be generated by the room that `n_context` rows of prompt leave."""
-        grids = self.engine.fixed_grids
-        # Where the model chooses, one part must fit; the session bounds the others by the room that is left.
-        shortest = min(self.modalities, key=lambda name: math.prod(grids[name] or (2,)))
-        names = request.to.names or (shortest,)
-        fixed = sum(1 + math.prod(grid) for name in names if (grid := grids[name]) is not None)
-        free = [name for name in names if grids[name] is None]
-        room = self.max_sequence_length - n_context - fixed
-        per_span = room // len(free) - 2 if free else 0  # a begin marker and an end each
-        wanted = max((request.settings[name].max_new_tokens for name in free), default=0)
-        if room < 0 or (free and (per_span < 1 or (bounded and per_span < wanted))):
-            n_reply = fixed + len(free) * ((wanted if bounded else 1) + 2)
-            long = "reply" if n_reply > self.max_sequence_length else "prompt"
-            lower = " or lower max_new_tokens" if bounded and free else ""
-            raise OmniformError(
-                f"{long} too long: the prompt takes {n_context} of this model's {self.max_sequence_length} tokens, and "
-                f"the reply takes {n_reply} or more: "
-                + (f"ask for fewer parts{lower}" if long == "reply" else f"shorten the prompt{lower}")
-            )
-        bound = per_span if request.to.names else self.max_sequence_length
-        return {
-            name: replace(chosen, max_new_tokens=min(chosen.max_new_tokens, bound)) if grids[name] is None else chosen
-            for name, chosen in request.settings.items()
-        }
 
     def _n_rows(self, parts: Sequence[Part]) -> int:
         described = [(part.modality, len(part.tokens.codes), part.role) for part in parts]

@@ -1,7 +1,7 @@
 """What goes in and what comes out: prompts, requests, events, replies."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from PIL import Image
@@ -181,22 +181,22 @@ class Request:
     Attributes:
         prompt: parts in order; none for an unconditional sample.
         to: the parts to generate.
-        n_through: how many of them, from the first on, the reply leaves out.
         settings: by modality that may be generated.
         dropped: what stands in the prompt's place where guidance drops the condition; None without guidance.
         seed: see `KeyedDraw`.
         sample: place among the samples that share the seed.
         edit: the picture that is to be drawn anew in part; None for a new one.
+        through: if the first part only lies on the way, which the reply leaves out, how that is sampled, by modality.
     """
 
     prompt: tuple[ContentPart, ...]
     to: "Targets"
-    n_through: int
     settings: Mapping[str, SamplingSettings]
     dropped: tuple[ContentPart, ...] | None
     seed: int
     sample: int = 0
     edit: Edit | None = None
+    through: Mapping[str, SamplingSettings] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,11 @@ class Targets:
 
     names: tuple[str, ...] | None
     max_parts: int
+
+    def way(self, prompt: Sequence[ContentPart], ways: Mapping[str, Mapping[str, str]]) -> str | None:
+        """Return what lies between a prompt of one modality and the first part; see `GenerationConfig.through`."""
+        given = {part.modality for part in prompt}
+        return None if len(given) != 1 or self.names is None else ways.get(given.pop(), {}).get(self.names[0])
 
 
 def parse_prompt(prompt: object) -> tuple[ContentPart, ...]:

@@ -112,6 +112,7 @@ class Plan:
         max_parts: most parts where the model chooses.
         kept: tokens of an item that the first part is an edit of; None for a new one.
         wanted: which of those tokens are to be new.
+        through: settings of the first parts by modality, in place of `settings`, as many as there are.
     """
 
     to: tuple[str, ...] | None
@@ -122,6 +123,7 @@ class Plan:
     max_parts: int = 1
     kept: Tokens | None = None
     wanted: Bool[Tensor, "N"] | None = None
+    through: Mapping[str, SamplingSettings] = dataclasses.field(default_factory=dict)
 
 
 class Session:
@@ -180,7 +182,8 @@ class Session:
         """Open the upcoming span, of a fixed grid or of free length."""
         assert self.upcoming is not None
         modality, plan, self.upcoming = self.upcoming, self.plan, None
-        settings, objective = plan.settings[modality], objectives[modality]
+        objective = objectives[modality]
+        settings = (plan.through if len(self.generated) < len(plan.through) else plan.settings)[modality]
         if grid is None:  # a begin marker and an end take their rows
             settings = dataclasses.replace(
                 settings, max_new_tokens=max(1, min(settings.max_new_tokens, self._room(vocabulary, objectives) - 2))

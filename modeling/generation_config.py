@@ -43,10 +43,20 @@ class GenerationConfig:
         max_sequence_length: most rows of prompt and reply together, markers included; as long as in training.
         modalities: settings by modality; what is not named has the defaults of `SamplingSettings`.
         through: by modality of the prompt and of the reply, one that is generated between the two: with {"speech":
-            {"video": "text"}} speech is written down before a video is made of it. Source: chain of modality,
-            arXiv:2305.11000, where spoken questions are answered by way of their text.
+            {"video": "text"}} speech is written down before a video is made of it. The one between is neither of the
+            other two. Source: chain of modality, arXiv:2305.11000, where spoken questions are answered by way of
+            their text.
     """
 
     max_sequence_length: int = Field(default=1024, ge=1)
     modalities: dict[str, SamplingSettings] = Field(default_factory=dict)
     through: dict[str, dict[str, str]] = Field(default_factory=dict)
+
+    @field_validator("through")
+    @classmethod
+    def _check_through(cls, value: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+        for given, ways in value.items():
+            for wanted, between in ways.items():
+                if between in (given, wanted):
+                    raise ValueError(f"{given}.{wanted} is {between}, expected a modality other than these two")
+        return value

@@ -49,9 +49,12 @@ class CodecTask:
                 "discriminator": 1.0,
             }
         readers = [ShardReader(config.data, config.index_dir), *map(ShardReader, config.more_data)]
-        self._items, self.unreadable = list[Tensor](), Tally()
+        self._items, self.unreadable = list[Tensor](), list[tuple[Path, Tally]]()
         for reader in readers:
-            _read_items(reader, self.tokenizer, config.max_items, self._items, self.unreadable)
+            items, unreadable = _read_items(reader, self.tokenizer, config.max_items)
+            self._items += items
+            if unreadable:
+                self.unreadable.append((reader.folder, unreadable))
         first, *others = [reader.digest for reader in readers]
         self._identity = {"data": [first, *others] if others else first, "n_items": len(self._items)}
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
@@ -75,9 +78,10 @@ class CodecTask:
     def restore(self, position: dict[str, Any]) -> None:
         """Check that the items are those of the stored run."""
         if position != self._identity:
+            folders = ", ".join(map(str, (self.config.data, *self.config.more_data)))
             raise OmniformError(
-                f"{self.config.data} holds other {self.tokenizer.name} items than when this run began (then "
-                f"{position}, now {self._identity}): bring the data back, or start again with --fresh"
+                f"{folders} holds other {self.tokenizer.name} items than when this run began (then {position}, now "
+                f"{self._identity}): bring the data back, or start again with --fresh"
             )
 
     def save(self, folder: Path, module: nn.Module) -> None:
@@ -109,14 +113,11 @@ class CodecTask:
         return keyed_permutation(len(self._items), self.config.seed, stream("tokenizer/order"), epoch)
 
 
-def _read_items(
-    reader: ShardReader, tokenizer: CodecTokenizer[Any], max_items: int, items: list[Tensor], unreadable: Tally
-) -> None:
-    """Add compact items until there are `max_items`, and count those that could not be read."""
-    n_before = len(items)
+def _read_items(reader: ShardReader, tokenizer: CodecTokenizer[Any], max_items: int) -> tuple[list[Tensor], Tally]:
+    """Return compact items, and which could not be read."""
+    items: list[Tensor] = []
+    unreadable = Tally()
     for place in range(len(reader)):
-        if len(items) >= max_items:
-            return
         try:
             spans = reader[place].spans
         except SampleError as error:
@@ -129,7 +130,10 @@ def _read_items(
                 items.append(tokenizer.compact(tokenizer.read(span.payload)))
             except TokenizerError as error:
                 unreadable.add(error.reason, reader.describe(place))
-    if len(items) == n_before:
+        if len(items) >= max_items:
+            break
+    if not items:
         raise OmniformError(
             f"{reader.folder} holds no {tokenizer.name} that can be read: {unreadable or 'none at all'}"
         )
+    return items, unreadable

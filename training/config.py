@@ -280,7 +280,10 @@ class TrainConfig(FitConfig):
         learnt = {task for data in stages for source in data.sources if source.weight for task in source.tasks}
         for given, routes in self.through.items():
             for wanted, between in routes.items():
-                if (task := f"{given}->{between}+{wanted}") not in learnt:
+                task = f"{given}->{between}+{wanted}"
+                if between in (given, wanted):
+                    raise ValueError(f"through.{given}.{wanted} is {between}, expected a modality other than these two")
+                if task not in learnt:
                     raise ValueError(
                         f"through.{given}.{wanted} is {between}, but no source that is drawn has the task {task}: add "
                         "it to the tasks of one, or leave this out"

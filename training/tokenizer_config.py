@@ -72,7 +72,8 @@ class CodecTrainConfig(FitConfig):
         index_dir: where its indexes are, if not beside the shards.
         more_data: folders to learn from as well, each with its indexes beside the shards.
         tokenizer: what is trained.
-        max_items: the first so many are held in memory, as integers; larger folders are learnt from in part.
+        max_items: the first so many of each folder are held in memory, as integers; of a larger one the rest is not
+            learnt from.
         adversarial: train against a discriminator, which is not stored with the tokenizer; null: without.
     """
 

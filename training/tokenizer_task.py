@@ -69,9 +69,8 @@ def train_tokenizer(
     config.accumulation(int(os.environ.get("WORLD_SIZE", "1")))  # both fail here rather than with the folder made
     config.check_loss_terms(task.term_weights)
     open_run_folder(out, config, fresh=fresh, result=RESULT)
-    if task.unreadable:
-        name = task.tokenizer.name
-        print(f"{name} items of {config.data} that cannot be read are left out: {task.unreadable}", flush=True)
+    for folder, unreadable in task.unreadable:
+        print(f"{task.tokenizer.name} items of {folder} that cannot be read are left out: {unreadable}", flush=True)
 
     def preview(module: nn.Module, step: int) -> None:
         task.write_samples(out / "samples" / f"step-{step}", module)

@@ -44,8 +44,15 @@ class Ruled(Model):
         self.prompts: list[list[ContentPart]] = []
 
     def generate_batch(  # type: ignore[override]
-        self, prompts: Sequence[Any], to: Any = "text", *, seed: int = 0, max_parts: int | None = None
+        self,
+        prompts: Sequence[Any],
+        to: Any = "text",
+        *,
+        seed: int = 0,
+        max_parts: int | None = None,
+        direct: bool = False,
     ) -> list[Reply]:
+        assert direct or max_parts
         listed = [prompt if isinstance(prompt, list) else [prompt] for prompt in prompts]
         self.prompts += listed
         return [Reply(tuple(map(self._part, self.rule(prompt, to))), seed) for prompt in listed]

@@ -1,6 +1,7 @@
 """The any-to-any suite on real items: what it must say of replies whose figures are known in advance."""
 
 import base64
+import html
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from omniform.cell_report import cells_as_text
 from omniform.data.digits import build_digits
 from omniform.data.schema import RawSample, RawSpan
 from omniform.data.shards import ShardReader, ShardWriter
@@ -28,6 +30,7 @@ from omniform.modeling.folder import LoadedModel, build_vocabulary
 from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
+from omniform.sample_report import samples_section
 from omniform.tokenizers.audio_files import read_audio
 from omniform.tokenizers.base import Modality
 from omniform.tokenizers.codecs.fsq import FSQConfig
@@ -343,6 +346,26 @@ def test_data_that_the_suite_cannot_score_is_refused(loaded: LoadedModel, tmp_pa
         writer.write(RawSample("0", (RawSpan("text", text="seven"),)))
     with pytest.raises(OmniformError, match="sample 0 says no digit to score by"):
         evaluate_any_to_any(Model(loaded), tmp_path)
+
+
+def test_cells_say_by_way_of_what_they_were_scored(world: Path, tmp_path: Path) -> None:
+    model = loaded_model(("text", "image"))
+    ways = {"through": {"image": {"image": "text"}}}
+    model = LoadedModel(model.model, model.tokenizers, {**model.generation_config, **ways})
+    keywords: dict[str, Any] = {"cells": ["text->image", "image->image"], "limit": 2, "seed": 3}
+    metrics = evaluate_any_to_any(Model(model), world, **keywords, out=tmp_path / "metrics.json")
+    straight = evaluate_any_to_any(Model(model), world, **keywords, direct=True)
+    assert {name: cell["through"] for name, cell in metrics["cells"].items()} == {
+        "text->image": [],
+        "image->image": ["text"],
+    }
+    assert "by way of text: image->image" in cells_as_text(metrics)
+    assert all(cell["through"] == [] for cell in straight["cells"].values())
+    assert "by way" not in cells_as_text(straight)
+    samples = json.loads((tmp_path / "samples.json").read_text())
+    shown = samples["image->image"][0]["through"]
+    assert [list(part) for part in shown] == [["text"]]
+    assert html.escape(shown[0]["text"]) in samples_section(samples)
 
 
 def test_settings_of_a_target_are_passed_on(loaded: LoadedModel, world: Path) -> None:

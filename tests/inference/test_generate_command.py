@@ -49,6 +49,14 @@ def test_pictures_go_to_out_and_text_does_not(omni: Model, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["drawn.png"]
 
 
+def test_what_was_written_on_the_way_is_told(omni: Model, tmp_path: Path, picture: Path) -> None:
+    omni.through = {"image": {"image": "text"}}
+    [output] = generate_files(omni, [f"@{picture}"], ["image"], tmp_path / "a.png", seed=1)
+    assert output.through == (omni.generate(Image.open(picture), ["text", "image"], seed=1).text,)
+    [output] = generate_files(omni, [f"@{picture}"], ["image"], tmp_path / "a.png", seed=1, direct=True)
+    assert output.through == ()
+
+
 def test_several_pictures_are_numbered(omni: Model, tmp_path: Path) -> None:
     outputs = generate_files(omni, ["seven"], ["image"], tmp_path / "a.png", seed=1, n=3)
     assert [output.path for output in outputs] == [tmp_path / f"a-{number}.png" for number in range(3)]

@@ -7,16 +7,16 @@ from PIL import Image
 
 from omniform.errors import OmniformError
 from omniform.inference.generate import Model
-from omniform.inference.protocol import ContentPart, Done, ImagePart, PartDone, Reply, SpanProgress, TextDelta
+from omniform.inference.protocol import ContentPart, Done, ImagePart, PartDone, Reply, SpanProgress, TextDelta, TextPart
 from omniform.modeling.folder import LoadedModel
 
 PICTURE = Image.new("L", (2, 2), 200)
 WAYS = {"image": {"image": "text"}, "text": {"text": "image"}}
 
 
-def with_ways(omni: Model, ways: dict[str, dict[str, str]]) -> Model:
-    settings = {"max_sequence_length": 60, "modalities": {"text": {"max_new_tokens": 12}}, "through": ways}
-    settings["modalities"]["image"] = {"guidance_scale": 2.0}  # type: ignore[index]
+def with_ways(omni: Model, ways: dict[str, dict[str, str]], n_text: int = 12) -> Model:
+    modalities: dict[str, Any] = {"text": {"max_new_tokens": n_text}, "image": {"guidance_scale": 2.0}}
+    settings = {"max_sequence_length": 60, "modalities": modalities, "through": ways}
     return Model(LoadedModel(omni.network, omni.tokenizers, settings))
 
 
@@ -77,13 +77,17 @@ def test_events_tell_only_what_was_asked_for(omni: Model, to: list[str]) -> None
     assert {event.span for event in events[:-1]} == {0, 1}
 
 
-def test_settings_of_a_call_hold_for_what_is_asked_for(omni: Model) -> None:
-    """A greedy reply in pictures is written down with the model's own temperature."""
+def test_settings_of_a_call_hold_for_the_parts_of_the_reply_alone(omni: Model) -> None:
+    """Whatever the call says, a picture is written down as the model's own settings have it."""
     model = with_ways(omni, WAYS)
-    greedy = [model.generate(PICTURE, "image", seed=seed, temperature=0) for seed in range(8)]
-    usual = [model.generate(PICTURE, "image", seed=seed) for seed in range(8)]
-    assert [reply.through for reply in greedy] == [reply.through for reply in usual]
-    assert len({reply.through for reply in greedy}) > 1
+    usual = [model.generate(PICTURE, ["image", "text"], seed=seed) for seed in range(8)]
+    assert len({reply.through for reply in usual}) > 1
+    assert max(len(reply.through[0].data) for reply in usual) > 1
+    keywords: dict[str, Any]
+    for keywords in ({"temperature": 0}, {"top_k": 1}, {"max_new_tokens": 1}):
+        changed = [model.generate(PICTURE, ["image", "text"], seed=seed, **keywords) for seed in range(8)]
+        assert [reply.through for reply in changed] == [reply.through for reply in usual]
+    assert all(len(reply.parts[1].data.encode()) <= 3 for reply in changed)
 
 
 def test_a_picture_is_edited_straight(omni: Model) -> None:
@@ -99,10 +103,36 @@ def test_ways_of_modalities_that_the_model_lacks_are_refused(omni: Model) -> Non
             with_ways(omni, ways)
 
 
+def test_a_modality_on_the_way_is_another_than_both_ends(omni: Model) -> None:
+    for ways in ({"image": {"text": "text"}}, {"image": {"text": "image"}}):
+        with pytest.raises(OmniformError, match=r"image.text is (text|image), expected a modality other than these"):
+            with_ways(omni, ways)
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_direct_is_a_truth_value(omni: Model, value: Any) -> None:
+    if value is None:
+        assert omni.generate("x", direct=None, seed=0).text == omni.generate("x", seed=0).text
+        return
+    with pytest.raises(OmniformError, match=f"direct is {value!r}, expected True or False"):
+        omni.generate("x", direct=value)
+
+
 def test_room_counts_what_lies_on_the_way(omni: Model) -> None:
     model = with_ways(omni, WAYS)
     long = "x" * 50  # with its markers 52 of 60 rows; a picture takes 5, a text at least 3
     assert model.generate(long, "text", seed=0, direct=True).parts
     assert len(model.generate(long, "text", seed=0).through) == 1
-    with pytest.raises(OmniformError, match="too long"):
+    with pytest.raises(OmniformError, match=r"too long: .* 8 or more: shorten .* direct=True: 5 of these .* image on"):
         model.generate("x" * 51, "text", seed=0)
+
+
+def test_text_on_the_way_leaves_half_of_the_room_and_bounds_no_call(omni: Model) -> None:
+    """The prompt takes 5 of 60 rows: a text of 100 tokens would fill it, and has 25."""
+    model = with_ways(omni, {"image": {"image": "text"}}, n_text=100)
+    cut = [model.generate(PICTURE, "image", seed=seed).through[0] for seed in range(20)]
+    assert max(len(part.data.encode()) for part in cut) >= 25
+    assert any(isinstance(part, TextPart) and part.finish_reason == "length" for part in cut)
+    assert len(model.generate(PICTURE, ["image", "text"], seed=0, max_new_tokens=20).parts) == 2
+    with pytest.raises(OmniformError, match="lower max_new_tokens"):
+        model.generate(PICTURE, ["image", "text"], seed=0, max_new_tokens=23)
