@@ -49,9 +49,9 @@ class SourceConfig:
         weight: share of all draws, relative to the other sources; at 0 it waits for a stage that raises it.
         join: folders whose samples complete those of `path`: each is given one of theirs with equal labels.
         tasks: relative weight by task. "X->Y" gives the spans of modality X and learns those of Y, each in the sample's
-            order; "X->X" gives the first and learns the last; "W+X->Y+Z" gives and learns several, in the order named.
-            "interleaved" gives nothing and learns every span in the sample's order, from all that stands before it,
-            and what follows each.
+            order; "X->X" gives the first and learns the last, "X->Y+X" those of Y before that; "W+X->Y+Z" gives and
+            learns several, in the order named. "interleaved" gives nothing and learns every span in the sample's
+            order, from all that stands before it, and what follows each.
     """
 
     path: Path

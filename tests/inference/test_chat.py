@@ -61,6 +61,14 @@ def test_text_is_what_generate_says_and_makes_no_folder(omni: Model, talk: Conve
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_written_on_the_way_is_noted(omni: Model, tmp_path: Path, picture: Path) -> None:
+    omni.through = {"image": {"image": "text"}}
+    results, notes = Conversation(omni, tmp_path / "out", to="image").say(f"/attach '{picture}'", "")
+    [written] = omni.generate(Image.open(picture), "image", seed=3).through
+    assert f"by way of: {harmless(written.data)}" in notes
+    assert written.data not in results
+
+
 def test_pictures_go_to_numbered_files_that_were_not_there(omni: Model, talk: Conversation, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()

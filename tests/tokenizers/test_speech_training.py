@@ -171,6 +171,31 @@ def test_a_folder_without_speech_is_refused(tmp_path: Path) -> None:
         task_of(tmp_path, config_of(tmp_path / "data"))
 
 
+def test_several_folders_are_learnt_from_alike(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ShardWriter(tmp_path / "more") as writer:
+        for n in range(4):
+            span = RawSpan("speech", payload=audio_bytes(noise(700, 10 + n), 16000, "wav"), extension="wav")
+            writer.write(RawSample(str(n), (span, RawSpan("text", text="more"))))
+    index_shards(tmp_path / "more")
+    alone, other = (task_of(tmp_path, config_of(folder)) for folder in (shards, tmp_path / "more"))
+    both = task_of(tmp_path, config_of(shards, more_data=[str(tmp_path / "more")]))
+    assert len(both._items) == len(alone._items) + len(other._items) == 9
+    assert all(map(torch.equal, both._items, [*alone._items, *other._items]))
+    cut = task_of(tmp_path, config_of(shards, more_data=[str(tmp_path / "more")], max_items=3))
+    assert all(map(torch.equal, cut._items, [*alone._items[:3], *other._items[:3]]))
+    # A run that began with other folders does not go on with these; one with the same does.
+    both.restore(task_of(tmp_path, config_of(shards, more_data=[str(tmp_path / "more")])).position(2))
+    with pytest.raises(OmniformError, match=f"{shards}, {tmp_path / 'more'} holds other speech items"):
+        both.restore(alone.position(2))
+    both_ways = config_of(tmp_path / "more", more_data=[str(shards)], steps=1)
+    train_tokenizer(written(tmp_path / "both.yaml", both_ways), out=tmp_path / "run")
+    said = capsys.readouterr().out
+    assert f"speech items of {shards} that cannot be read are left out: 1 x" in said
+    assert f"items of {tmp_path / 'more'} that" not in said
+
+
 @given(st.integers(1, 4), st.integers(2, 9), st.integers(1, 5))
 def test_latents_are_normalised_as_torch_does_with_what_they_average_to_kept(batch: int, length: int, dim: int) -> None:
     norm, latents = LatentNorm(dim, decay=0.9), 3 * torch.randn(batch, length, dim) + 1

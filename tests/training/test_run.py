@@ -156,6 +156,24 @@ def test_a_run_of_stages_learns_documents_when_it_should_and_resumes_in_either_s
             assert (out / name).read_bytes() == (tmp_path / "never" / name).read_bytes()
 
 
+def test_a_way_is_learnt_and_taken_by_the_model(config_file: Path, tmp_path: Path) -> None:
+    """Any drawing of the same digit, after what the given one is called."""
+    data = config_file.parent / "data/train"
+    overrides = [
+        f"data.sources.0.join=[{{path: {data}, by: [digit], modalities: [image]}}]",
+        "data.sources.0.tasks={image->text+image: 1}",
+        "through={image: {image: text}}",
+        "steps=2",
+        "log.samples_every=0",
+    ]
+    model = omniform.load(train(config_file, overrides, tmp_path / "run"))
+    [seven] = model.generate([], "image", seed=0).images
+    reply = model.generate(seven, "image", seed=1)
+    assert [part.modality for part in (*reply.through, *reply.parts)] == ["text", "image"]
+    losses = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert losses["loss/text"] > 0 < losses["loss/image"]
+
+
 def test_model_card_names_what_was_joined(config_file: Path) -> None:
     join = "[{path: a, by: [digit], modalities: [image, text]}, {path: b, by: [digit], modalities: [image]}]"
     config = parse_config(TrainConfig, config_file.read_text(), [f"data.sources.0.join={join}"])
