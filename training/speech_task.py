@@ -42,7 +42,7 @@ def perturbed(samples: Float[Tensor, "N"], config: PerturbationConfig, *keys: in
     sound = F.interpolate(samples[None, None], length, mode="linear")
     taps = config.filter_strength * draws[2:]
     taps[len(taps) // 2] += 1
-    # torch's conv1d takes longer to share out a few thousand samples than to filter them.
+    # On a busy machine torch's conv1d, which shares out the samples between threads, takes many times as long.
     padded = np.pad(sound[0, 0].numpy(), len(taps) // 2)
     sound = torch.from_numpy(np.convolve(padded, taps.numpy()[::-1], mode="valid"))
     quietest, loudest = config.gain_db

@@ -42,7 +42,7 @@ from omniform.training.tokenizer_task import train_tokenizer
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_OUT = Path("runs/demo")
 N_WORKERS = 2  # that encode, as configs/digits.yaml says, and that evaluate, each with a gigabyte of its own
-N_ITEMS = 100  # of a cell that are scored; all would take two minutes more
+N_ITEMS = 100  # of a cell that are scored, and of a tokenizer; all would take some two minutes more
 MODALITIES = ("text", "image", "speech", "video")
 _PROMPTS = tuple(f"the digit {digit}" for digit in range(10))
 # Two rows of ten for each wording that training never saw.
@@ -131,7 +131,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
     """Return the stages of the demo in `out`, in order."""
     data, model = out / "data", out / "model"
     tiny = size == "tiny"
-    copies, takes, limit, n_items = (1, 1, 20, 20) if tiny else (16, None, None, N_ITEMS)
+    copies, takes, limit = (1, 1, 20) if tiny else (16, None, N_ITEMS)
     configs = {f"{name} tokenizer": f"tokenizers/digits-{name}" for name in MODALITIES} | {"model": "digits"}
     # The text tokenizer is not trained in steps.
     short: dict[str, tuple[str, ...]] = {}
@@ -174,7 +174,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
         draw_samples(loaded, out / "samples", _SHOWN)
         # The second judge of speech would take a minute more; `omniform eval` asks it.
         evaluate_any_to_any(
-            Model(loaded), data, limit=n_items, second_judge=False, out=out / "metrics.json", workers=N_WORKERS
+            Model(loaded), data, limit=limit, second_judge=False, out=out / "metrics.json", workers=N_WORKERS
         )
 
     of_model = ("data", *(f"{modality} tokenizer" for modality in MODALITIES))
@@ -183,7 +183,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
         Stage("data", [__version__, digits.VERSION, copies, takes], (data / "manifest.json",), build),
         *(tokenizer_stage(modality) for modality in MODALITIES),
         Stage("model", recipe["model"], (model / "manifest.sha256",), fit, needs=of_model),
-        Stage("evaluation", [n_items, "one judge of speech"], evaluated, evaluate, needs=("data", "model")),
+        Stage("evaluation", [limit, "one judge of speech"], evaluated, evaluate, needs=("data", "model")),
     ]
 
 
