@@ -335,7 +335,7 @@ def _picture(part: ContentPart) -> Image.Image | None:
 
 def _describe(part: ContentPart) -> str:
     if isinstance(part, TextPart):
-        return part.text
+        return " ".join(part.text.split())
     if isinstance(part, ImagePart):
         return f"image, {part.image.width} x {part.image.height} pixels"
     if isinstance(part, SpeechPart):

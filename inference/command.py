@@ -27,7 +27,7 @@ class Output:
         sample: which of the samples that were asked for it belongs to.
         seed: what the run can be repeated with.
         n_near_ties: of the whole sample; see `Reply`.
-        through: texts that were written on the way to the whole sample; see `Reply`.
+        through: what was generated on the way to the whole sample: text as it is, all else by its modality.
     """
 
     modality: str
@@ -89,7 +89,7 @@ def generate_files(
         if path is not None:
             write_part(part, path)
         reply = replies[sample]
-        through = tuple(text for one in reply.through if (text := _text(one)) is not None)
+        through = tuple(_text(one) or one.modality for one in reply.through)
         outputs.append(Output(part.modality, _text(part), path, sample, seed, reply.n_near_ties, through))
     return outputs
 

@@ -104,7 +104,8 @@ class Model:
             batch_invariant: run every prompt by itself, so that its reply is the same to the byte in any batch. Else
                 replies in a batch may differ from those alone where two choices are closer than the rounding of logits.
             direct: go straight to what is asked for where the model's `GenerationConfig.through` names a way, as edits
-                always do. What lies on a way is sampled by the model's own settings, whatever is given here.
+                always do. What lies on a way is sampled by the model's own settings, whatever is given here; its
+                guidance, if it has any, leads away from `negative_prompt` too.
             seed: integer in [0, 2**63); drawn anew unless given, and told in the reply.
             callback: called with every `Event` as it happens.
 

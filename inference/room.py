@@ -28,24 +28,27 @@ def fit(
         bounded: the caller chose `max_new_tokens`, which then is not lowered.
 
     Returns:
-        Settings of what is asked for, and of what lies on the way, which has half of the room at most.
+        Settings of what is asked for, and of what lies on the way. That has the room that parts of fixed size leave,
+        or half of it where a part of the reply is of free length too.
 
     Raises:
         OmniformError: the reply does not fit.
     """
+    # Where the model chooses, one part must fit; the session bounds the others by the room that is left.
+    shortest = min(fixed_grids, key=lambda name: math.prod(fixed_grids[name] or (2,)))
+    names = request.to.names[len(request.through) :] if request.to.names else (shortest,)
+    fixed = sum(_n_rows(math.prod(grid), free=False) for name in names if (grid := fixed_grids[name]) is not None)
+    free = [name for name in names if fixed_grids[name] is None]
+    room = max_length - n_context - fixed
     through, n_before = dict(request.through), 0
     for name, chosen in through.items():
         n_tokens = math.prod(fixed_grids[name] or ())
         if fixed_grids[name] is None:
-            n_tokens = max(1, min(chosen.max_new_tokens, (max_length - n_context) // 2 - 2))
+            share = room // (2 if free else 1) - _n_rows(0, free=True)
+            n_tokens = max(1, min(chosen.max_new_tokens, share))
             through[name] = replace(chosen, max_new_tokens=n_tokens)
         n_before += _n_rows(n_tokens, free=fixed_grids[name] is None)
-    # Where the model chooses, one part must fit; the session bounds the others by the room that is left.
-    shortest = min(fixed_grids, key=lambda name: math.prod(fixed_grids[name] or (2,)))
-    names = request.to.names[len(through) :] if request.to.names else (shortest,)
-    fixed = sum(_n_rows(math.prod(grid), free=False) for name in names if (grid := fixed_grids[name]) is not None)
-    free = [name for name in names if fixed_grids[name] is None]
-    room = max_length - n_context - n_before - fixed
+    room -= n_before
     per_span = room // len(free) - _n_rows(0, free=True) if free else 0
     wanted = max((request.settings[name].max_new_tokens for name in free), default=0)
     if room < 0 or (free and (per_span < 1 or (bounded and per_span < wanted))):

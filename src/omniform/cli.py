@@ -208,7 +208,7 @@ def generate(
     else:
         for output in outputs:
             if output.path is not None:
-                way = f"; by way of: {harmless(', '.join(output.through))}" if output.through else ""
+                way = f"; by way of: {harmless(' '.join(', '.join(output.through).split()))}" if output.through else ""
                 print(f"{output.path} (seed {output.seed}{way})")
             elif output.text is not None:
                 print(harmless(output.text))
