@@ -89,7 +89,7 @@ def generate_files(
         if path is not None:
             write_part(part, path)
         reply = replies[sample]
-        through = tuple(_text(one) or one.modality for one in reply.through)
+        through = tuple(one.modality if (text := _text(one)) is None else text for one in reply.through)
         outputs.append(Output(part.modality, _text(part), path, sample, seed, reply.n_near_ties, through))
     return outputs
 

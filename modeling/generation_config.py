@@ -1,6 +1,8 @@
 """What a model folder's generation_config.json holds: how to sample where a call does not say."""
 
-from pydantic import ConfigDict, Field, field_validator
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid")
@@ -35,6 +37,17 @@ class SamplingSettings:
         return value
 
 
+def _check_ways(value: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    for given, ways in value.items():
+        for wanted, between in ways.items():
+            if between in (given, wanted):
+                raise ValueError(f"{given}.{wanted} is {between}, expected a modality other than these two")
+    return value
+
+
+Ways = Annotated[dict[str, dict[str, str]], AfterValidator(_check_ways)]
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GenerationConfig:
     """Defaults of generation.
@@ -50,13 +63,4 @@ class GenerationConfig:
 
     max_sequence_length: int = Field(default=1024, ge=1)
     modalities: dict[str, SamplingSettings] = Field(default_factory=dict)
-    through: dict[str, dict[str, str]] = Field(default_factory=dict)
-
-    @field_validator("through")
-    @classmethod
-    def _check_through(cls, value: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-        for given, ways in value.items():
-            for wanted, between in ways.items():
-                if between in (given, wanted):
-                    raise ValueError(f"{given}.{wanted} is {between}, expected a modality other than these two")
-        return value
+    through: Ways = Field(default_factory=dict)

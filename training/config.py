@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from omniform.data.mixture import DataConfig, DataStage, SourceChange
 from omniform.errors import OmniformError
 from omniform.modeling.config import STRICT, ModelConfig
-from omniform.modeling.generation_config import SamplingSettings
+from omniform.modeling.generation_config import SamplingSettings, Ways
 
 # A run's name is a folder's: not hidden, and never ".." or a path.
 NAME = r"^\w[\w.-]*$"
@@ -253,7 +253,7 @@ class TrainConfig(FitConfig):
     tokenizers: dict[str, Path]
     data: DataConfig
     generation: dict[str, SamplingSettings] = Field(default_factory=dict)
-    through: dict[str, dict[str, str]] = Field(default_factory=dict)
+    through: Ways = Field(default_factory=dict)
     cache_dir: Path | None = None
     encoding_workers: int = Field(default=1, ge=1)
 
@@ -281,8 +281,6 @@ class TrainConfig(FitConfig):
         for given, routes in self.through.items():
             for wanted, between in routes.items():
                 task = f"{given}->{between}+{wanted}"
-                if between in (given, wanted):
-                    raise ValueError(f"through.{given}.{wanted} is {between}, expected a modality other than these two")
                 if task not in learnt:
                     raise ValueError(
                         f"through.{given}.{wanted} is {between}, but no source that is drawn has the task {task}: add "

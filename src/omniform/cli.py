@@ -197,8 +197,9 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "max_parts": max_parts,
         "strength": strength,
+        "direct": direct,
     }
-    keywords = {key: value for key, value in given.items() if value is not None} | ({"direct": True} if direct else {})
+    keywords = {key: value for key, value in given.items() if value is not None}
     to = to or ["text" if image is None else "image"]
     outputs = generate_files(
         model, prompt or [], to, out, seed, n, image=image, mask=mask, margins=outpaint, **keywords
@@ -286,8 +287,7 @@ def evaluate(
     from omniform.inference.generate import load
 
     keywords: dict[str, Any] = {"split": split, "cells": cells, "seed": seed, "limit": limit, "workers": workers}
-    keywords["direct"] = direct
-    metrics = evaluate_any_to_any(load(model), data, **keywords, second_judge=second_judge, out=out)
+    metrics = evaluate_any_to_any(load(model), data, **keywords, direct=direct, second_judge=second_judge, out=out)
     if as_json:
         print_json(metrics)
     else:

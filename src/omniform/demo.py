@@ -42,7 +42,7 @@ from omniform.training.tokenizer_task import train_tokenizer
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_OUT = Path("runs/demo")
 N_WORKERS = 2  # that encode, as configs/digits.yaml says, and that evaluate, each with a gigabyte of its own
-N_ITEMS = 100  # of a cell that are scored, and of a tokenizer; all would take some two minutes more
+N_ITEMS = 100  # of a cell that are scored, and of a tokenizer: `omniform eval` takes all
 MODALITIES = ("text", "image", "speech", "video")
 _PROMPTS = tuple(f"the digit {digit}" for digit in range(10))
 # Two rows of ten for each wording that training never saw.
