@@ -1,15 +1,17 @@
 """Jobs shared out among processes. A worker does one job after the other, and what it makes goes to files."""
 
+import io
 import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from omniform.data.schema import DataError
 from omniform.errors import OmniformError
@@ -101,3 +103,36 @@ def _end_with_parent() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os._exit(1)
+
+
+@contextmanager
+def lines_after(prefix: str) -> Iterator[None]:
+    """Put a prefix before every line that is printed meanwhile: of processes that print at once, it tells which did."""
+    out, errors = _Prefixed(sys.stdout, prefix), _Prefixed(sys.stderr, prefix)
+    try:
+        with redirect_stdout(out), redirect_stderr(errors):
+            yield
+    finally:
+        out.end()
+        errors.end()
+
+
+class _Prefixed(io.TextIOBase):
+    """A stream that passes whole lines on to another, so that those of several processes do not mix.
+
+    It is no terminal, so that what draws over its own last line prints lines instead.
+    """
+
+    def __init__(self, stream: TextIO, prefix: str) -> None:
+        self._stream, self._prefix, self._begun = stream, prefix, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        self._stream.write("".join(f"{self._prefix}{line}\n" for line in lines))
+        self._stream.flush()
+        return len(text)
+
+    def end(self) -> None:
+        """Pass on a line that was begun."""
+        if self._begun:
+            self.write("\n")

@@ -15,15 +15,18 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from omniform import __version__
 from omniform.cell_report import cells_as_text
 from omniform.data import digits
+from omniform.data.job_pool import done_in_processes, lines_after
 from omniform.data.sealed import unseal, write_atomically
 from omniform.data.templates import TEST_TEMPLATES, render
 from omniform.data.verify import MANIFEST as WORLD_MANIFEST
@@ -41,9 +44,11 @@ from omniform.training.tokenizer_task import train_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_OUT = Path("runs/demo")
-N_WORKERS = 2  # that encode, as configs/digits.yaml says, and that evaluate, each with a gigabyte of its own
+# That make tokenizers, that encode, as configs/digits.yaml says, and that evaluate, each with a gigabyte of its own.
+N_WORKERS = 2
 N_ITEMS = 100  # of a cell that are scored, and of a tokenizer: `omniform eval` takes all
 MODALITIES = ("text", "image", "speech", "video")
+_LONGEST_FIRST = ("speech", "video", "image", "text")
 _PROMPTS = tuple(f"the digit {digit}" for digit in range(10))
 # Two rows of ten for each wording that training never saw.
 _SHOWN = tuple(render(template, digit) for template in TEST_TEMPLATES * 2 for digit in range(10))
@@ -132,34 +137,36 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
     data, model = out / "data", out / "model"
     tiny = size == "tiny"
     copies, takes, limit = (1, 1, 20) if tiny else (16, None, N_ITEMS)
-    configs = {f"{name} tokenizer": f"tokenizers/digits-{name}" for name in MODALITIES} | {"model": "digits"}
+    configs = {name: f"tokenizers/digits-{name}" for name in MODALITIES} | {"model": "digits"}
     # The text tokenizer is not trained in steps.
     short: dict[str, tuple[str, ...]] = {}
     if tiny:
-        short = {f"{name} tokenizer": _TINY_STEPS for name in MODALITIES if name != "text"}
+        short = {name: _TINY_STEPS for name in MODALITIES if name != "text"}
         short["model"] = (*_TINY_STEPS, "stages.0.steps=2")
     overrides = {name: [*_moved_to(out, file), *short.get(name, ())] for name, file in configs.items()}
-    recipe = {
+    recipes = {
         name: [(CONFIGS / f"{file}.yaml").read_text(encoding="utf-8"), overrides[name]]
         for name, file in configs.items()
     }
-
-    def tokenizer_stage(modality: str) -> Stage:
-        name, run_folder = f"{modality} tokenizer", out / "tokenizers" / modality
-        config = CONFIGS / f"{configs[name]}.yaml"
-
-        def run(fresh: bool) -> None:
-            folder = train_tokenizer(config, overrides[name], run_folder, fresh=fresh)
-            evaluate_tokenizer(folder, data, limit=limit, out=run_folder / "evaluation")
-
-        outputs = (run_folder / "tokenizer", run_folder / "evaluation/tokenizer.json")
-        return Stage(name, [recipe[name], limit], outputs, run, needs=("data",))
 
     def build(fresh: bool) -> None:
         if fresh and (data / WORLD_MANIFEST).exists():
             unseal(data / WORLD_MANIFEST, f"if {data} may go, remove it; else choose another --out")  # is it ours?
             shutil.rmtree(data)
         digits.build_digits(data, copies=copies, limit=takes)
+
+    def tokenize(fresh: bool) -> None:
+        # A thread more shortens each of them less than another one beside it: their layers are small.
+        n_threads = torch.get_num_threads()
+        n_processes = min(N_WORKERS, n_threads)
+        jobs = [
+            _TokenizerJob(name, CONFIGS / f"{configs[name]}.yaml", overrides[name], folders[name], fresh)
+            for name in _LONGEST_FIRST
+        ]
+        start = functools.partial(_tokenizer_maker, data, limit, n_threads // n_processes)
+        with closing(done_in_processes(jobs, start, n_processes)) as done:
+            for _ in done:
+                pass
 
     def fit(fresh: bool) -> None:
         preview = functools.partial(draw_samples, prompts=_PROMPTS)
@@ -177,14 +184,39 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
             Model(loaded), data, limit=limit, second_judge=False, out=out / "metrics.json", workers=N_WORKERS
         )
 
-    of_model = ("data", *(f"{modality} tokenizer" for modality in MODALITIES))
+    folders = {name: out / "tokenizers" / name for name in MODALITIES}
+    made = [folder / file for folder in folders.values() for file in ("tokenizer", "evaluation/tokenizer.json")]
     evaluated = (out / "metrics.json", out / "samples.json", out / "samples/images.png")
+    of_tokenizers = [[recipes[name] for name in MODALITIES], limit]
     return [
         Stage("data", [__version__, digits.VERSION, copies, takes], (data / "manifest.json",), build),
-        *(tokenizer_stage(modality) for modality in MODALITIES),
-        Stage("model", recipe["model"], (model / "manifest.sha256",), fit, needs=of_model),
+        Stage("tokenizers", of_tokenizers, tuple(made), tokenize, needs=("data",)),
+        Stage("model", recipes["model"], (model / "manifest.sha256",), fit, needs=("data", "tokenizers")),
         Stage("evaluation", [limit, "one judge of speech"], evaluated, evaluate, needs=("data", "model")),
     ]
+
+
+@dataclass(frozen=True)
+class _TokenizerJob:
+    modality: str
+    config: Path
+    overrides: Sequence[str]
+    folder: Path
+    fresh: bool
+
+    def __str__(self) -> str:
+        return f"{self.modality} tokenizer"
+
+
+def _tokenizer_maker(data: Path, limit: int | None, n_threads: int) -> Callable[[_TokenizerJob], None]:
+    torch.set_num_threads(n_threads)
+
+    def make(job: _TokenizerJob) -> None:
+        with lines_after(f"{job}: "):
+            folder = train_tokenizer(job.config, job.overrides, job.folder, fresh=job.fresh)
+            evaluate_tokenizer(folder, data, limit=limit, out=job.folder / "evaluation")
+
+    return make
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from omniform.data.job_pool import done_in_processes
+from omniform.data.job_pool import done_in_processes, lines_after
 from omniform.data.schema import DataError
 
 
@@ -52,7 +52,7 @@ def test_processes_that_cannot_start_are_noticed(tmp_path: Path, monkeypatch: py
 FORSAKEN = """
 import os, signal
 from functools import partial
-from omniform.data.job_pool import done_in_processes
+from omniform.data.job_pool import done_in_processes, lines_after
 done = done_in_processes([0, 10**6], partial(partial, __import__("time").sleep), 1)
 print(next(done), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -65,3 +65,14 @@ def test_a_worker_ends_with_the_process_that_started_it() -> None:
     assert result.returncode < 0
     assert re.fullmatch(r"0\n", result.stdout)
     assert "Traceback" not in result.stderr
+
+
+def test_every_line_tells_who_printed_it_and_none_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    with lines_after("one: "):
+        print("a", end="")
+        print("b\n\nc")
+        print("error", file=sys.stderr)
+        print("begun", end="")
+        assert not sys.stderr.isatty()
+    print("after")
+    assert capsys.readouterr() == ("one: ab\none: \none: c\none: begun\nafter\n", "one: error\n")
