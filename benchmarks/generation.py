@@ -10,7 +10,7 @@ import torch
 from paired import compare, control
 
 from omniform.inference.engine import Engine
-from omniform.inference.sampling import KeyedDraw, guide
+from omniform.inference.sampling import KeyedDraw
 from omniform.inference.session import Plan, Session
 from omniform.modeling.config import DecoderConfig, ModelConfig
 from omniform.modeling.generation_config import SamplingSettings
@@ -60,7 +60,7 @@ def uncached(model: UnifiedModel, prompt: Part) -> list[int]:
         hidden = model.hidden(token_ids, batch.modality_ids, batch.span_positions, batch.position_ids, batch.pattern)
         rows = [hidden[i, s.spans[-1].start : s.spans[-1].start + n_codes] for i, s in enumerate(sequences)]
         conditional, unconditional = model.logits(torch.cat(rows), ids).split(n_codes)
-        logits = guide(conditional, unconditional, SETTINGS.guidance_scale)
+        logits = objective.guide(conditional, unconditional, SETTINGS.guidance_scale)
         state = objective.step(state, logits, ids.start, None, vocabulary.mask, draw)
     return vocabulary.to_codes("image", state.token_ids).tolist()
 

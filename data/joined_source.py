@@ -53,12 +53,8 @@ class Source(Protocol):
         """Return (modality, number of tokens) of a sample's spans; none if it cannot be used."""
         ...
 
-    def tokens(self, sample: int, place: int) -> Tokens:
-        """Return the codes of a sample's span at `place`, which is of a discrete modality."""
-        ...
-
-    def latents(self, sample: int, place: int) -> Latents:
-        """Return the values of a sample's span at `place`, which is of a continuous modality."""
+    def tokens(self, sample: int, place: int) -> Tokens | Latents:
+        """Return the codes or vectors of a sample's span at `place`."""
         ...
 
 
@@ -117,15 +113,10 @@ class JoinedSource:
             return []
         return self.base.spans(sample) + [other.spans(its)[place] for other, its, place in self._joined[sample]]
 
-    def tokens(self, sample: int, place: int) -> Tokens:
+    def tokens(self, sample: int, place: int) -> Tokens | Latents:
         """Return the codes of a sample's span at `place`, which is of a discrete modality."""
         source, its_sample, its_place = self._find(sample, place)
         return source.tokens(its_sample, its_place)
-
-    def latents(self, sample: int, place: int) -> Latents:
-        """Return the values of a sample's span at `place`, which is of a continuous modality."""
-        source, its_sample, its_place = self._find(sample, place)
-        return source.latents(its_sample, its_place)
 
     def _find(self, sample: int, place: int) -> tuple[TokenSource, int, int]:
         n_own = len(self.base.spans(sample))

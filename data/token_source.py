@@ -122,21 +122,15 @@ class TokenSource:
         spans = range(self._first_span[sample], self._first_span[sample + 1])
         return [(self._modalities[self._modality[s]], int(self._length[s])) for s in spans]
 
-    def tokens(self, sample: int, place: int) -> Tokens:
-        """Return the codes of a sample's span at `place`, which is of a discrete modality."""
-        content, grid = self._span(sample, place)
-        return Tokens(torch.from_numpy(content.astype(np.int64)), grid)
-
-    def latents(self, sample: int, place: int) -> Latents:
-        """Return the values of a sample's span at `place`, which is of a continuous modality."""
-        content, grid = self._span(sample, place)
-        return Latents(torch.from_numpy(content.astype(np.float32)), grid)
-
-    def _span(self, sample: int, place: int) -> tuple[Any, tuple[int, ...]]:
+    def tokens(self, sample: int, place: int) -> Tokens | Latents:
+        """Return the codes or vectors of a sample's span at `place`."""
         span = int(self._first_span[sample]) + place
         content = self._content[self._modalities[self._modality[span]]]
         grid = tuple(int(n) for n in self._grid[span] if n) or (0,)
-        return content[self._start[span] : self._start[span] + self._length[span]], grid
+        own = content[self._start[span] : self._start[span] + self._length[span]]
+        if own.dtype.kind == "f":
+            return Latents(torch.from_numpy(own.astype(np.float32)), grid)
+        return Tokens(torch.from_numpy(own.astype(np.int64)), grid)
 
 
 def count_samples(folder: Path, index_dir: Path | None = None) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from omniform.errors import OmniformError
 from omniform.kernels.keyed_noise import keyed_permutation, stream
-from omniform.tokenizers.base import Modality, Tokens
+from omniform.tokenizers.base import Continuous, Modality, Tokens
 from omniform.tokenizers.image_files import MAX_PIXELS, plain_picture
 
 
@@ -149,6 +149,11 @@ def parse_edits(
         return [None] * len(seeds)
     if names != ("image",) or tokenizer is None:
         raise OmniformError(f'an image to edit was given, and to is {names}: expected to="image"')
+    if isinstance(tokenizer.representation, Continuous):
+        raise OmniformError(
+            "an image to edit was given, but this model draws pictures as vectors, which it makes whole: edit with a "
+            "model whose pictures are codes, or leave image out"
+        )
     if mask is not None and strength is not None:
         raise OmniformError("both mask and strength were given: a mask says already what is drawn anew")
     images, masks = _one_per_prompt("image", image, len(seeds)), _one_per_prompt("mask", mask, len(seeds))

@@ -86,15 +86,12 @@ class Engine:
         rows: list[MultimodalSequence | None]
         rows = [branch.pending() if session.span else None for session in sessions for branch in session.branches]
         self._forward(branches, rows, cache, commit=True)
-        begin_id = vocabulary.begin(modality)
         while any(session.span for session in sessions):
             rows = []
             for session in sessions:
-                for branch in session.branches:
-                    span = session.span
-                    rows.append(branch.step_rows(objective.inputs(span.state, begin_id)) if span else None)
+                rows += session.step_rows(vocabulary) if session.span else [None] * len(session.branches)
             hidden = self._forward(branches, rows, cache, commit=objective.commits)
-            logits = iter(self._logits(hidden, rows, modality))
+            logits = iter(self._outputs(hidden, rows, modality))
             steps = []
             for place, session in enumerate(sessions):
                 if session.span:
@@ -120,8 +117,9 @@ class Engine:
         new_pattern = batch.pattern.to(device)
         token_ids, modality_ids = batch.token_ids.to(device), batch.modality_ids.to(device)
         span_positions, position_ids = batch.span_positions.to(device), batch.position_ids.to(device)
+        vectors = {name: held.to(device) for name, held in batch.vectors.items()}
         hidden = self.model.hidden(
-            token_ids, modality_ids, span_positions, position_ids, cache.covering(new_pattern), cache
+            token_ids, modality_ids, span_positions, position_ids, cache.covering(new_pattern), cache, vectors
         )
         if commit:
             cache.commit(new_pattern)
@@ -130,14 +128,13 @@ class Engine:
         return hidden
 
     @torch.inference_mode()
-    def _logits(
+    def _outputs(
         self, hidden: Float[Tensor, "B N D"], rows: Sequence[MultimodalSequence | None], modality: str
     ) -> Sequence[Float[Tensor, "R W"]]:
-        """Return the logits of each branch that has rows, on the CPU in fp32, over the ids that the span may hold."""
+        """Return what the span's objective reads of each branch that has rows, on the CPU in fp32."""
         counts = [len(new) for new in rows if new is not None]
         found = torch.cat([hidden[place, : len(new)] for place, new in enumerate(rows) if new is not None])
-        logits = self.model.logits(found, self.model.vocabulary.target_range(modality))
-        return logits.float().cpu().split(counts)
+        return self.model.outputs(found, modality).float().cpu().split(counts)
 
     @torch.inference_mode()
     def _next_span_logits(self, hidden: Float[Tensor, "D"]) -> Float[Tensor, "W"]:

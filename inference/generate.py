@@ -41,7 +41,7 @@ from omniform.modeling.config import parse_config
 from omniform.modeling.folder import LoadedModel, load_model_folder
 from omniform.modeling.generation_config import GenerationConfig, SamplingSettings
 from omniform.modeling.sequence import Part, Role, document_length
-from omniform.tokenizers.base import Tokens
+from omniform.tokenizers.base import Modality, Tokens
 
 SESSIONS_AT_ONCE = 128
 
@@ -261,7 +261,8 @@ class Model:
         """
         if not finished:
             return []
-        modality, tokenizer = finished[0].span.modality, self.tokenizers[finished[0].span.modality]
+        modality = finished[0].span.modality
+        tokenizer: Modality[Any] = self.tokenizers[modality]
         tokens = [sessions[step.session].generated[step.span.number] for step in finished]
         with torch.inference_mode():
             items = [tokenizer.decode(one) for one in tokens]
@@ -317,6 +318,9 @@ class Model:
         objectives, names = self.network.config.objectives, ", ".join(modalities)
         if "steps" in given and all(objectives[name].commits for name in modalities):
             raise OmniformError(f"steps does not apply to {names}, generated token by token: leave it out")
+        for setting in given:
+            if all(setting in objectives[name].ignores for name in modalities):
+                raise OmniformError(f"{setting} does not apply to {names}, generated as vectors: leave it out")
         self._check_steps(given.get("steps"), modalities)
         if "max_new_tokens" in given and all(self.engine.fixed_grids[name] for name in modalities):
             raise OmniformError(f"max_new_tokens does not apply to {names}, of fixed size: leave it out")
@@ -324,7 +328,7 @@ class Model:
     def _check_steps(self, steps: Any, modalities: Sequence[str]) -> None:
         for name in modalities:
             grid, objective = self.engine.fixed_grids[name], self.network.config.objectives[name]
-            if not isinstance(steps, int) or steps < 1 or grid is None or objective.commits:
+            if not isinstance(steps, int) or steps < 1 or grid is None or objective.commits or objective.continuous:
                 continue
             most = objective.begin(math.prod(grid), steps, self.network.vocabulary.mask).n_steps
             if most < steps:
@@ -360,7 +364,7 @@ class Model:
         return Session(context, dropped, plan)
 
     def _n_rows(self, parts: Sequence[Part]) -> int:
-        described = [(part.modality, len(part.tokens.codes), part.role) for part in parts]
+        described = [(part.modality, len(part.tokens), part.role) for part in parts]
         return document_length(described, self.network.vocabulary, {})
 
     def _encode(self, parts: Sequence[ContentPart]) -> list[Part]:

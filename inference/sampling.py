@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import ValidationError
 from torch import Tensor
 
 from omniform.errors import OmniformError
-from omniform.kernels.keyed_noise import keyed_gumbel, keyed_permutation, stream
+from omniform.kernels.keyed_noise import keyed_gumbel, keyed_normal, keyed_permutation, stream
 from omniform.modeling.generation_config import SamplingSettings
 
 NEAR_TIE = 2e-4
@@ -34,16 +35,6 @@ def sampling_settings(source: str, **values: object) -> SamplingSettings:
             raise OmniformError(f"{source}: unknown setting {name!r}, expected one of {known}") from error
         expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         raise OmniformError(f"{source}: {name} is {first['input']!r}, expected {expected}") from error
-
-
-def guide(
-    conditional: Float[Tensor, "*B W"], unconditional: Float[Tensor, "*B W"], scale: float
-) -> Float[Tensor, "*B W"]:
-    """Push logits away from what the model says without its condition: `uncond + scale * (cond - uncond)`.
-
-    Scale 1 gives the conditional logits. Source: classifier-free guidance, arXiv:2207.12598, whose 1 + w is our scale.
-    """
-    return unconditional + scale * (conditional - unconditional)
 
 
 def keep_top_k(logits: Float[Tensor, "*B W"], k: int) -> Float[Tensor, "*B W"]:
@@ -136,6 +127,7 @@ class KeyedDraw:
     def __init__(self, seed: int, sample: int, span: int, settings: SamplingSettings) -> None:
         self._keys = (sample, span)
         self._seed, self._settings = seed, settings
+        self.temperature, self.guidance_scale = settings.temperature, settings.guidance_scale
         self._bound = near_tie_bound(settings)
         self.n_near_ties = 0
 
@@ -153,6 +145,12 @@ class KeyedDraw:
     def gumbel(self, step: int, positions: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
         """Return standard Gumbel noise for each position; zeros at temperature 0, whose result no seed changes."""
         return self._gumbel("order", step, positions)
+
+    def normal(self, step: int, positions: Int[Tensor, "N"], channels: int) -> Float[Tensor, "N C"]:
+        """Return standard normal noise for each position and channel, whatever the temperature."""
+        keys = (self._seed, stream("generate/normal"), *self._keys, step)
+        places = positions.numpy()[:, None], np.arange(channels)[None]
+        return torch.from_numpy(keyed_normal(*keys, *places)).float()
 
     def smallest(self, scores: Float[Tensor, "N"], count: int) -> Bool[Tensor, "N"]:
         """Return which `count` scores are the smallest; of equal ones the first."""

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from omniform.inference.sampling import KeyedDraw, guide
+from omniform.inference.sampling import KeyedDraw
 from omniform.modeling.generation_config import SamplingSettings
-from omniform.modeling.objectives.base import Objective, SpanState
+from omniform.modeling.objectives.base import ContinuousRows, Objective, SpanState
 from omniform.modeling.sequence import MultimodalSequence, Part, Role, document_length
-from omniform.tokenizers.base import Tokens
+from omniform.tokenizers.base import Latents, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
 
 
@@ -57,29 +57,19 @@ class Branch:
 
     def n_rows(self, vocabulary: Vocabulary, objectives: Mapping[str, Objective]) -> int:
         """Return the number of rows of all parts so far."""
-        return document_length([(p.modality, len(p.tokens.codes), p.role) for p in self.parts], vocabulary, objectives)
+        return document_length([(p.modality, len(p.tokens), p.role) for p in self.parts], vocabulary, objectives)
 
     def pending(self) -> MultimodalSequence:
         """Return the final rows before the open span's own that the cache does not hold yet, whole spans together."""
         return self._rows(self._first_row - self.n_committed)
 
-    def step_rows(self, token_ids: Tensor) -> MultimodalSequence:
-        """Return the next rows of the open span, holding `token_ids`."""
-        return dataclasses.replace(self._rows(len(token_ids)), token_ids=token_ids.numpy())
+    def step_rows(self, token_ids: Tensor, vectors: Mapping[str, ContinuousRows]) -> MultimodalSequence:
+        """Return the next rows of the open span, holding `token_ids` and, in their place, `vectors`."""
+        return dataclasses.replace(self._rows(len(token_ids)), token_ids=token_ids.numpy(), vectors=vectors)
 
     def _rows(self, count: int) -> MultimodalSequence:
         assert self._layout is not None
-        cut = slice(self.n_committed, self.n_committed + count)
-        arrays = (
-            "token_ids",
-            "modality_ids",
-            "span_positions",
-            "position_ids",
-            "block_ids",
-            "bidirectional",
-            "private",
-        )
-        return MultimodalSequence(**{name: getattr(self._layout, name)[cut] for name in arrays}, spans=())
+        return self._layout.cut(self.n_committed, self.n_committed + count)
 
 
 @dataclass
@@ -144,7 +134,7 @@ class Session:
     def __init__(self, context: Sequence[Part], dropped: Sequence[Part] | None, plan: "Plan") -> None:
         self.branches = [Branch(context)] + ([] if dropped is None else [Branch(dropped, grows=False)])
         self.plan = plan
-        self.generated: list[Tokens] = []
+        self.generated: list[Tokens | Latents] = []
         self.span: OpenSpan | None = None
         self.upcoming = plan.to[0] if plan.to else None
         self.done = False
@@ -189,27 +179,41 @@ class Session:
                 settings, max_new_tokens=max(1, min(settings.max_new_tokens, self._room(vocabulary, objectives) - 2))
             )
         shape = (settings.max_new_tokens,) if grid is None else grid
-        codes = torch.zeros(shape, dtype=torch.int64).flatten()
+        length, channels = math.prod(shape), vocabulary.channels_of(modality)
+        unknown: Tokens | Latents
+        if channels is None:
+            unknown = Tokens(torch.zeros(length, dtype=torch.int64), shape)
+        else:
+            unknown = Latents(torch.zeros(length, channels), shape)
         for branch in self.branches:
-            branch.open(Part(modality, Tokens(codes, shape), Role.TARGET), vocabulary, objectives)
+            branch.open(Part(modality, unknown, Role.TARGET), vocabulary, objectives)
         number = len(self.generated)
         draw = KeyedDraw(plan.seed, plan.sample, number, settings)
         kept = None
         if plan.kept is not None:
             assert plan.wanted is not None
             kept = vocabulary.to_ids(modality, plan.kept.codes).masked_fill(plan.wanted, vocabulary.mask)
-        state = objective.begin(len(codes), settings.steps, vocabulary.mask, kept)
+        state = objective.begin(length, settings.steps, vocabulary.mask, kept)
         self.span = OpenSpan(modality, number, grid, objective, settings, draw, state)
 
     def _room(self, vocabulary: Vocabulary, objectives: Mapping[str, Objective]) -> int:
         return self.plan.max_rows - max(branch.n_rows(vocabulary, objectives) for branch in self.branches)
 
+    def step_rows(self, vocabulary: Vocabulary) -> list[MultimodalSequence]:
+        """Return, for each branch, the rows to forward for the next step of the open span."""
+        span = self.span
+        assert span is not None
+        token_ids = span.objective.inputs(span.state, vocabulary.begin(span.modality))
+        channels = vocabulary.channels_of(span.modality)
+        held = None if channels is None else span.objective.vectors(span.state, channels, span.draw)
+        return [branch.step_rows(token_ids, {} if held is None else {span.modality: held}) for branch in self.branches]
+
     def advance(self, logits: Sequence[Float[Tensor, "R W"]], vocabulary: Vocabulary) -> OpenSpan:
-        """Take one step of the open span, given the logits of each branch; close the span when it is done."""
+        """Take one step of the open span, given the model's outputs for each branch; close the span when it is done."""
         span = self.span
         assert span is not None
         scale = span.settings.guidance_scale
-        guided = logits[0] if len(logits) == 1 or scale == 1 else guide(logits[0], logits[1], scale)
+        guided = logits[0] if len(logits) == 1 or scale == 1 else span.objective.guide(logits[0], logits[1], scale)
         ids = vocabulary.target_range(span.modality)
         end_id = vocabulary.end_of(span.modality)
         span.state = span.objective.step(span.state, guided, ids.start, end_id, vocabulary.mask, span.draw)
@@ -223,8 +227,13 @@ class Session:
         if end_id is not None:  # an objective that fills a span in place can put its end anywhere
             ends = contents.eq(end_id).nonzero().flatten()
             contents = contents[: int(ends[0])] if len(ends) else contents
-        codes = vocabulary.to_codes(span.modality, contents)
-        tokens = Tokens(codes, (len(codes),) if span.grid is None else span.grid)
+        tokens: Tokens | Latents
+        if span.state.values is None:
+            codes = vocabulary.to_codes(span.modality, contents)
+            tokens = Tokens(codes, (len(codes),) if span.grid is None else span.grid)
+        else:
+            assert span.grid is not None
+            tokens = Latents(span.state.values, span.grid)
         self.generated.append(tokens)
         self.n_near_ties += span.draw.n_near_ties
         for branch in self.branches:

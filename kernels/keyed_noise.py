@@ -9,6 +9,7 @@ import zlib
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -53,6 +54,11 @@ def keyed_uniform(*keys: npt.ArrayLike) -> npt.NDArray[np.float64]:
 def keyed_gumbel(*keys: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Return standard Gumbel noise: argmax(logits + noise) is a draw from softmax(logits) (arXiv:1611.01144)."""
     return -np.log(-np.log(keyed_uniform(*keys)))
+
+
+def keyed_normal(*keys: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return standard normal numbers: the quantile function at uniform ones, within [-8.3, 8.3]."""
+    return torch.special.ndtri(torch.from_numpy(keyed_uniform(*keys))).numpy()
 
 
 def keyed_permutation(size: int, *keys: int) -> npt.NDArray[np.int64]:

@@ -58,18 +58,14 @@ def build_vocabulary(tokenizers: Mapping[str, Modality]) -> Vocabulary:
     """Return the id space of a set of tokenizers: text, then the others in the order given.
 
     Raises:
-        ModelFolderError: there is no text tokenizer, or one is not discrete.
+        ModelFolderError: there is no text tokenizer, or it is not discrete.
+        VocabularyError: see `Vocabulary`.
     """
-    sizes = {}
-    for name, tokenizer in tokenizers.items():
-        representation = tokenizer.representation
-        if not isinstance(representation, Discrete):
-            raise ModelFolderError(f"tokenizer {name} is {representation}, expected a discrete one")
-        sizes[name] = representation
-    if "text" not in sizes:
-        raise ModelFolderError(f"tokenizers are {[*tokenizers]}, expected one of text among them")
-    text_size = sizes.pop("text").vocab_size
-    return Vocabulary(text_size, sizes, [name for name in sizes if tokenizers[name].fixed_grid is None])
+    sizes = {name: tokenizer.representation for name, tokenizer in tokenizers.items()}
+    text = sizes.pop("text", None)
+    if not isinstance(text, Discrete):
+        raise ModelFolderError(f"tokenizers are {[*tokenizers]}, expected one of text, into codes, among them")
+    return Vocabulary(text.vocab_size, sizes, [name for name in sizes if tokenizers[name].fixed_grid is None])
 
 
 def check_position_embeddings(config: ModelConfig, tokenizers: Mapping[str, Modality]) -> None:

@@ -1,5 +1,6 @@
 """How a representation enters and leaves the decoder. One interface per representation, never one per modality."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omniform.tokenizers.vocabulary import IdRange
+
+_N_SINUSOIDS = 256
 
 
 class DiscreteHead(nn.Module):
@@ -36,6 +39,45 @@ class DiscreteInterface(nn.Module):
     def logits(self, hidden: Float[Tensor, "*M D"], ids: IdRange) -> Float[Tensor, "*M W"]:
         """Return the logits of the ids in the range."""
         return self.head(hidden, ids)
+
+
+class ContinuousInterface(nn.Module):
+    """Embedding and head of all continuous modalities whose tokens have as many numbers, and need as many to predict.
+
+    A token enters through a linear layer, and its time, from 0 for data to 1 for noise, through sinusoids and two
+    layers, as the timesteps of DiT (arXiv:2212.09748) do; deviation: it is added to the row itself, so that every row
+    has a time of its own.
+
+    Args:
+        channels: numbers per token.
+        n_outputs: numbers that the objective needs for each token.
+    """
+
+    def __init__(self, channels: int, n_outputs: int, dim: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.inward = nn.Linear(channels, dim)
+        self.time = nn.Sequential(nn.Linear(_N_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.head = nn.Linear(dim, n_outputs)
+
+    def embed(self, values: Float[Tensor, "M C"], times: Float[Tensor, "M"]) -> Float[Tensor, "M D"]:
+        """Return the rows that the decoder reads."""
+        return self.inward(values) + self.time(sinusoids(times))
+
+    def outputs(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M W"]:
+        """Return what the objective asks for."""
+        return self.head(hidden)
+
+
+def sinusoids(times: Float[Tensor, "M"]) -> Float[Tensor, "M S"]:
+    """Return cosines and sines of 1000 * times at wavelengths from 2 pi to 2 pi * 10,000.
+
+    Source: arXiv:1706.03762, section 3.5, at the timesteps of a diffusion of 1000 steps (arXiv:2006.11239).
+    """
+    half = _N_SINUSOIDS // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=times.device) / half)
+    angles = 1000 * times[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class PositionEmbedding(nn.Module):

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -12,9 +14,9 @@ from omniform.kernels.attention import MaskForm, preferred_form
 from omniform.modeling.attention_pattern import AttentionPattern
 from omniform.modeling.config import ConfigError, ModelConfig
 from omniform.modeling.decoder import Decoder
-from omniform.modeling.interfaces import DiscreteInterface, PositionEmbedding
+from omniform.modeling.interfaces import ContinuousInterface, DiscreteInterface, PositionEmbedding
 from omniform.modeling.layers import KeyValueCache
-from omniform.modeling.objectives.base import Objective
+from omniform.modeling.objectives.base import ContinuousRows, Corrupted, Objective
 from omniform.modeling.objectives.next_token import NextToken
 from omniform.modeling.sequence import PackedBatch
 from omniform.tokenizers.vocabulary import IdRange, Vocabulary
@@ -28,13 +30,14 @@ class Predictions:
 
     Attributes:
         rows: flat index, in (B * L), of the rows whose hidden states predict.
-        labels: right answers, counted from the first id of the range that is predicted.
+        labels: right answers, counted from the first id of the range that is predicted; of a continuous modality what
+            its objective predicts.
         weights: weight per prediction; 0 counts for nothing.
         count: what the loss sum is to be divided by.
     """
 
     rows: Int[Tensor, "M"]
-    labels: Int[Tensor, "M"]
+    labels: Int[Tensor, "M"] | Float[Tensor, "M C"]
     weights: Float[Tensor, "M"]
     count: float
 
@@ -43,10 +46,14 @@ class Predictions:
         return Predictions(self.rows.to(device), self.labels.to(device), self.weights.to(device), self.count)
 
     @classmethod
-    def dummy(cls) -> "Predictions":
-        """Return one prediction of weight 0, so that a head without targets runs on every rank all the same."""
+    def dummy(cls, channels: int | None = None) -> "Predictions":
+        """Return one prediction of weight 0, so that a head without targets runs on every rank all the same.
+
+        Args:
+            channels: of a continuous modality.
+        """
         row = torch.zeros(1, dtype=torch.int64)
-        return cls(row, row, torch.zeros(1), 0.0)
+        return cls(row, row if channels is None else torch.zeros(1, channels), torch.zeros(1), 0.0)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class CorruptedBatch:
     Attributes:
         predictions: every modality of the vocabulary, in its order, then `NEXT_SPAN`: which span follows. What has no
             targets has one dummy of weight 0, so that all ranks run the same modules in the same order.
+        vectors: by continuous modality that the batch holds, its content rows, flat, and what they hold.
     """
 
     token_ids: Int[Tensor, "B L"]
@@ -64,6 +72,7 @@ class CorruptedBatch:
     position_ids: Int[Tensor, "B L 3"]
     pattern: AttentionPattern
     predictions: Mapping[str, Predictions]
+    vectors: Mapping[str, ContinuousRows] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, float]:
@@ -79,6 +88,7 @@ class CorruptedBatch:
             self.position_ids.to(device),
             self.pattern.to(device),
             {modality: p.to(device) for modality, p in self.predictions.items()},
+            {modality: held.to(device) for modality, held in self.vectors.items()},
         )
 
 
@@ -86,20 +96,24 @@ def corrupt(batch: PackedBatch, vocabulary: Vocabulary, objectives: Mapping[str,
     """Run the forward process of every target span of the batch."""
     token_ids = batch.token_ids.clone()
     flat_ids = token_ids.view(-1)
-    predictions = {}
+    predictions, vectors = {}, dict(batch.vectors)
     for modality in vocabulary.names:
         targets = batch.targets.get(modality)
         if targets is None:
-            predictions[modality] = Predictions.dummy()
+            predictions[modality] = Predictions.dummy(vocabulary.channels_of(modality))
             continue
         objective = objectives[modality]
         corrupted = objective.corrupt(targets, vocabulary.mask)
         flat_ids[torch.from_numpy(targets.rows)] = torch.from_numpy(corrupted.token_ids)
         counted = corrupted.loss_weights > 0
-        first_id = vocabulary.target_range(modality).start
+        if corrupted.labels is None:
+            labels = torch.from_numpy(targets.token_ids[counted] - vocabulary.target_range(modality).start)
+        else:
+            labels = corrupted.labels[torch.from_numpy(counted)]
+            vectors[modality] = _corrupted(vectors[modality], targets.rows, corrupted)
         predictions[modality] = Predictions(
             torch.from_numpy(targets.rows[counted] + objective.shift),
-            torch.from_numpy(targets.token_ids[counted] - first_id),
+            labels,
             torch.from_numpy(corrupted.loss_weights[counted]),
             float(corrupted.loss_weights.sum()) if corrupted.count is None else corrupted.count,
         )
@@ -109,15 +123,28 @@ def corrupt(batch: PackedBatch, vocabulary: Vocabulary, objectives: Mapping[str,
         labels = following - vocabulary.next_span_range.start
         predictions[NEXT_SPAN] = Predictions(rows, labels, torch.ones(len(rows)), float(len(rows)))
     return CorruptedBatch(
-        token_ids, batch.modality_ids, batch.span_positions, batch.position_ids, batch.pattern, predictions
+        token_ids, batch.modality_ids, batch.span_positions, batch.position_ids, batch.pattern, predictions, vectors
     )
+
+
+def _corrupted(held: ContinuousRows, rows: npt.NDArray[np.int64], corrupted: Corrupted) -> ContinuousRows:
+    """Return the vectors of a batch with the corrupted ones in place of theirs, without the hidden ones."""
+    places = torch.searchsorted(held.rows, torch.from_numpy(rows))
+    if corrupted.values is not None and corrupted.times is not None:
+        values = held.values.index_copy(0, places, corrupted.values)
+        held = ContinuousRows(held.rows, values, held.times.index_copy(0, places, corrupted.times))
+    if corrupted.hidden is None:
+        return held
+    shown = torch.ones(len(held), dtype=torch.bool).index_fill(0, places[torch.from_numpy(corrupted.hidden)], False)
+    return ContinuousRows(held.rows[shown], held.values[shown], held.times[shown])
 
 
 class UnifiedModel(nn.Module):
     """One decoder over every modality of a vocabulary.
 
     Raises:
-        ConfigError: a modality of the vocabulary has no objective, or an objective no modality.
+        ConfigError: a modality of the vocabulary has no objective, or an objective no modality; or one that is for
+            vectors where the modality has codes, or the other way round.
     """
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
@@ -132,8 +159,23 @@ class UnifiedModel(nn.Module):
                 f"model.position_embeddings is for {sorted(unknown)} too, but the tokenizers are for "
                 f"{sorted(vocabulary.names)}: name modalities of the model"
             )
+        for name, objective in config.objectives.items():
+            channels = vocabulary.channels_of(name)
+            if objective.continuous != (channels is not None):
+                made = "codes" if channels is None else f"vectors of {channels} numbers"
+                raise ConfigError(
+                    f"model.objectives.{name} is {objective.kind}, but its tokenizer makes {made}: choose an objective "
+                    "for these, or another tokenizer"
+                )
         self.config, self.vocabulary = config, vocabulary
         self.interface = DiscreteInterface(vocabulary.size, config.decoder.dim)
+        self.continuous = nn.ModuleDict()
+        for name in vocabulary.names:
+            if (key := self._representation(name)) is not None and key not in self.continuous:
+                channels = vocabulary.channels_of(name)
+                assert channels is not None
+                n_outputs = config.objectives[name].n_outputs(channels)
+                self.continuous[key] = ContinuousInterface(channels, n_outputs, config.decoder.dim)
         sizes = {vocabulary.place_of(name): size for name, size in config.position_embeddings.items()}
         self.position_embedding = PositionEmbedding(sizes, config.decoder.dim) if sizes else None
         n_experts = len(vocabulary.names) if config.decoder.experts == "modality" else None
@@ -151,15 +193,24 @@ class UnifiedModel(nn.Module):
         """Return the loss SUM of every modality, in the vocabulary's order, then that of `NEXT_SPAN` if it is learnt;
         the counts are `batch.counts`."""
         rows = (batch.token_ids, batch.modality_ids, batch.span_positions, batch.position_ids)
-        hidden = self.hidden(*rows, batch.pattern).flatten(0, 1)
+        hidden = self.hidden(*rows, batch.pattern, vectors=batch.vectors).flatten(0, 1)
         losses = {}
         for term in self.term_weights:
             asked = batch.predictions[term]
             # Which span follows is one more next-token prediction, over its own few ids.
             objective = NextToken() if term == NEXT_SPAN else self.config.objectives[term]
-            logits = self.logits(hidden[asked.rows], self.target_range(term))
-            losses[term] = objective.loss(logits, asked.labels, asked.weights, self.config.z_loss)
+            outputs = self.outputs(hidden[asked.rows], term)
+            losses[term] = objective.loss(outputs, asked.labels, asked.weights, self.config.z_loss)
         return losses
+
+    def outputs(self, hidden: Float[Tensor, "*M D"], term: str) -> Float[Tensor, "*M W"]:
+        """Return what a loss term, or the objective of a modality, reads of some hidden states: logits over its ids, or
+        its numbers for each vector."""
+        if term != NEXT_SPAN and (key := self._representation(term)) is not None:
+            interface = self.continuous[key]
+            assert isinstance(interface, ContinuousInterface)
+            return interface.outputs(hidden)
+        return self.logits(hidden, self.target_range(term))
 
     def target_range(self, term: str) -> IdRange:
         """Return the ids that a loss term predicts."""
@@ -173,6 +224,7 @@ class UnifiedModel(nn.Module):
         position_ids: Int[Tensor, "B N 3"],
         pattern: AttentionPattern,
         cache: KeyValueCache | None = None,
+        vectors: Mapping[str, ContinuousRows] | None = None,
     ) -> Float[Tensor, "B N D"]:
         """Return the hidden states of N rows.
 
@@ -180,12 +232,16 @@ class UnifiedModel(nn.Module):
             modality_ids: place in the vocabulary of each row's modality; that of a masked row no id tells.
             span_positions: of each row in its span: 0 for the begin marker, then 1, 2, ...
             pattern: of the N rows; with a cache, of the cached rows followed by the N rows.
+            vectors: by modality, the rows, flat in (B * N), that hold vectors in place of their ids.
         """
         if cache is None:
             mask = pattern.render(preferred_form(token_ids.device))
         else:
             mask = pattern.render(MaskForm.DENSE, n_queries=token_ids.shape[1])
         embeddings = self.interface.embed(token_ids)
+        for name in self.vocabulary.names:
+            if (key := self._representation(name)) is not None:
+                embeddings = _placed(embeddings, self.continuous[key], (vectors or {}).get(name))
         if self.position_embedding is not None:
             embeddings = embeddings + self.position_embedding(modality_ids, span_positions)
         return self.decoder(embeddings, position_ids, mask, cache, modality_ids)
@@ -211,6 +267,13 @@ class UnifiedModel(nn.Module):
         hidden = self.hidden(rows, same, span_positions, positions, AttentionPattern(same, same, no, no))[:, 1:]
         return self.logits(hidden, IdRange(0, self.vocabulary.text_size))
 
+    def _representation(self, modality: str) -> str | None:
+        """Return the name of the interface of a continuous modality; None for one of codes."""
+        channels = self.vocabulary.channels_of(modality)
+        if channels is None:
+            return None
+        return f"{channels}_to_{self.config.objectives[modality].n_outputs(channels)}"
+
     def _initialize(self) -> None:
         """Normal weights of deviation 0.02; the layers that write to the residual stream 1 / sqrt(2 n_layers) smaller.
 
@@ -220,5 +283,23 @@ class UnifiedModel(nn.Module):
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
         for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
             if name.endswith(("attention.out.weight", "down.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.decoder.n_layers))
+
+
+def _placed(
+    embeddings: Float[Tensor, "B N D"], interface: nn.Module, vectors: ContinuousRows | None
+) -> Float[Tensor, "B N D"]:
+    """Put vectors in place of the embeddings of their rows."""
+    assert isinstance(interface, ContinuousInterface)
+    if vectors is None or not len(vectors):
+        if torch.is_inference_mode_enabled():
+            return embeddings
+        # Under ZeRO-3 all ranks gather its weights together. Part of the graph, and exactly 0.
+        nothing = torch.zeros(1, interface.channels + 1, device=embeddings.device)
+        row = interface.embed(nothing[:, 1:], nothing[:, 0])[0].to(embeddings.dtype)
+        return embeddings + row.masked_fill(torch.ones_like(row, dtype=torch.bool), 0.0)
+    rows = interface.embed(vectors.values, vectors.times).to(embeddings.dtype)
+    return embeddings.flatten(0, 1).index_copy(0, vectors.rows, rows).view_as(embeddings)

@@ -10,19 +10,19 @@ for the rest of the document to read, as it will be at generation.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from omniform.errors import OmniformError
 from omniform.modeling.attention_pattern import PADDING, AttentionPattern
-from omniform.modeling.objectives.base import Objective, TargetSpans
-from omniform.tokenizers.base import Tokens
+from omniform.modeling.objectives.base import ContinuousRows, Objective, TargetSpans
+from omniform.tokenizers.base import Latents, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
 
 
@@ -42,7 +42,7 @@ class Part:
     """One entry of a document: its tokens, and whether it is given or to be predicted."""
 
     modality: str
-    tokens: Tokens
+    tokens: Tokens | Latents
     role: Role
 
 
@@ -112,6 +112,7 @@ class MultimodalSequence:
         next_spans: (row, id) pairs: the row ends a span, and the id is what follows it: the begin marker of the next
             span, or the vocabulary's `end` after the last. Empty unless the order of spans is learnt.
         noise_key: 64 bits that identify this sample's visit; keys its corruption.
+        vectors: by continuous modality, its content rows and what they hold.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -124,9 +125,30 @@ class MultimodalSequence:
     spans: tuple[Span, ...]
     next_spans: tuple[tuple[int, int], ...] = ()
     noise_key: int = 0
+    vectors: Mapping[str, ContinuousRows] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def cut(self, start: int, stop: int) -> "MultimodalSequence":
+        """Return some of the rows, without their spans."""
+        arrays = (
+            "token_ids",
+            "modality_ids",
+            "span_positions",
+            "position_ids",
+            "block_ids",
+            "bidirectional",
+            "private",
+        )
+        vectors = {}
+        for name, held in self.vectors.items():
+            first, last = torch.searchsorted(held.rows, torch.tensor([start, stop])).tolist()
+            own = slice(first, last)
+            vectors[name] = ContinuousRows(held.rows[own] - start, held.values[own], held.times[own])
+        return MultimodalSequence(
+            **{name: getattr(self, name)[start:stop] for name in arrays}, spans=(), vectors=vectors
+        )
 
     @classmethod
     def build(
@@ -145,7 +167,8 @@ class MultimodalSequence:
                 needs a clean copy like the others.
 
         Raises:
-            SequenceError: no parts, or a modality without an objective.
+            SequenceError: no parts, a modality without an objective, or vectors where codes are expected or the other
+                way round.
             VocabularyError: codes that the vocabulary does not hold.
         """
         if not parts:
@@ -156,12 +179,13 @@ class MultimodalSequence:
         blocks: list[tuple[int, int, bool, bool]] = []  # (rows, modality, bidirectional, private)
         spans: list[Span] = []
         next_spans: list[tuple[int, int]] = []
+        vectors: dict[str, list[tuple[int, Tensor]]] = {}
         row, position = 0, 0
         for place, part in enumerate(parts):
             if part.modality not in objectives:
                 raise SequenceError(f"no objective for modality {part.modality!r}; there is one for {[*objectives]}")
             objective, modality_id = objectives[part.modality], vocabulary.place_of(part.modality)
-            contents = vocabulary.to_ids(part.modality, part.tokens.codes).numpy()
+            contents, values = _contents(part, vocabulary)
             grid = part.tokens.grid
             end_id = vocabulary.end_of(part.modality)
             if end_id is not None:
@@ -183,6 +207,8 @@ class MultimodalSequence:
                 blocks.append((length, modality_id, objective.bidirectional, is_noised_copy))
                 role = Role.CONTEXT if noised and not is_noised_copy else part.role
                 spans.append(Span(part.modality, row, length, grid, role, is_noised_copy))
+                if values is not None:
+                    vectors.setdefault(part.modality, []).append((row, values))
                 row += length
             position += span_extent(grid, length)
             if learn_order:
@@ -201,7 +227,34 @@ class MultimodalSequence:
             tuple(spans),
             tuple(next_spans),
             noise_key,
+            {
+                name: _gather([(first, ContinuousRows.clean(torch.arange(len(v)), v)) for first, v in held])
+                for name, held in vectors.items()
+            },
         )
+
+
+def _contents(part: Part, vocabulary: Vocabulary) -> tuple[npt.NDArray[np.int64], Float[Tensor, "N C"] | None]:
+    """Return the ids of a part's contents, and the vectors that stand in their place if it has any."""
+    channels = vocabulary.channels_of(part.modality)
+    if isinstance(part.tokens, Tokens):
+        if channels is not None:
+            raise SequenceError(f"codes of {part.modality}, which this model reads as vectors of {channels} numbers")
+        return vocabulary.to_ids(part.modality, part.tokens.codes).numpy(), None
+    values = part.tokens.values
+    if values.shape[-1] != channels:
+        wanted = "codes" if channels is None else f"vectors of {channels} numbers"
+        raise SequenceError(f"vectors of {values.shape[-1]} numbers for {part.modality}, expected {wanted}")
+    return np.full(len(values), vocabulary.mask), values
+
+
+def _gather(held: Sequence[tuple[int, ContinuousRows]]) -> ContinuousRows:
+    """Join rows, each with what is to be added to its places; in ascending order."""
+    return ContinuousRows(
+        torch.cat([vectors.rows + first for first, vectors in held]),
+        torch.cat([vectors.values for _, vectors in held]),
+        torch.cat([vectors.times for _, vectors in held]),
+    )
 
 
 @dataclass(frozen=True)
@@ -213,6 +266,7 @@ class PackedBatch:
         span_positions: of each row in its span; 0 where a row is padding.
         targets: the target spans of each modality that has any.
         next_spans: flat rows that end a span whose successor is learnt, and the ids that follow; (2, S).
+        vectors: by continuous modality that the batch holds, its content rows, flat, and what they hold.
     """
 
     token_ids: Int[Tensor, "B L"]
@@ -222,6 +276,7 @@ class PackedBatch:
     pattern: AttentionPattern
     targets: Mapping[str, TargetSpans]
     next_spans: Int[Tensor, "2 S"]
+    vectors: Mapping[str, ContinuousRows] = field(default_factory=dict)
 
 
 def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabulary: Vocabulary) -> PackedBatch:
@@ -243,6 +298,7 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
     bidirectional, private = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
     found: dict[str, list[tuple[MultimodalSequence, int, Span, int]]] = {}
     next_spans: list[tuple[int, int]] = []
+    vectors: dict[str, list[tuple[int, ContinuousRows]]] = {}
     for index, sequences in enumerate(rows):
         start = 0
         for document, sequence in enumerate(sequences):
@@ -261,6 +317,8 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
                 if span.role is Role.TARGET:
                     found.setdefault(span.modality, []).append((sequence, index * row_length + start, span, number))
             next_spans += [(index * row_length + start + row, following) for row, following in sequence.next_spans]
+            for name, held in sequence.vectors.items():
+                vectors.setdefault(name, []).append((index * row_length + start, held))
             start = stop
     arrays = (document_ids, block_ids, bidirectional, private)
     return PackedBatch(
@@ -271,6 +329,7 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
         AttentionPattern(*map(torch.from_numpy, arrays)),
         {modality: _collect(spans) for modality, spans in found.items()},
         torch.tensor(next_spans, dtype=torch.int64).view(-1, 2).T,
+        {name: _gather(held) for name, held in vectors.items()},
     )
 
 
@@ -279,6 +338,12 @@ def _collect(spans: Sequence[tuple[MultimodalSequence, int, Span, int]]) -> Targ
     positions = np.concatenate([np.arange(length) for length in lengths])
     first_rows = np.array([offset + span.start for _, offset, span, _ in spans])
     span_index = np.repeat(np.arange(len(spans)), lengths)
+    modality = spans[0][2].modality  # of all of them
+    values = [
+        s.cut(span.start, span.start + span.length).vectors[modality].values
+        for s, _, span, _ in spans
+        if modality in s.vectors
+    ]
     return TargetSpans(
         token_ids=np.concatenate([s.token_ids[span.start : span.start + span.length] for s, _, span, _ in spans]),
         rows=first_rows[span_index] + positions,
@@ -287,4 +352,5 @@ def _collect(spans: Sequence[tuple[MultimodalSequence, int, Span, int]]) -> Targ
         lengths=lengths,
         noise_keys=np.array([s.noise_key for s, _, _, _ in spans], dtype=np.uint64),
         span_numbers=np.array([number for _, _, _, number in spans]),
+        values=torch.cat(values) if values else None,
     )

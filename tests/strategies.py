@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from omniform.modeling.objectives.base import TargetSpans
 from omniform.modeling.sequence import Part, Role
 from omniform.tokenizers.base import Discrete, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
@@ -45,3 +47,19 @@ def four_modalities() -> Vocabulary:
     """Text, images, speech of free length, and videos."""
     sizes = {"image": Discrete(CODEBOOK), "speech": Discrete(SPEECH_CODEBOOK), "video": Discrete(CODEBOOK)}
     return Vocabulary(TEXT_SIZE, sizes, ["speech"])
+
+
+def vector_spans(lengths: list[int], channels: int = 3, first_key: int = 0) -> TargetSpans:
+    """Spans of random vectors, each of a sample of its own."""
+    total = sum(lengths)
+    values = torch.randn(total, channels, generator=torch.Generator().manual_seed(7))
+    return TargetSpans(
+        token_ids=np.full(total, 999),
+        rows=np.arange(total),
+        span_index=np.repeat(np.arange(len(lengths)), lengths),
+        positions=np.concatenate([np.arange(n) for n in lengths]),
+        lengths=np.array(lengths),
+        noise_keys=np.arange(first_key, first_key + len(lengths), dtype=np.uint64),
+        span_numbers=np.zeros(len(lengths), dtype=np.int64),
+        values=values,
+    )

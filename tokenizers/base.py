@@ -46,6 +46,9 @@ class Tokens:
     codes: Int[Tensor, "N"]
     grid: tuple[int, ...]
 
+    def __len__(self) -> int:
+        return len(self.codes)
+
 
 @dataclass(frozen=True)
 class Latents:
@@ -53,6 +56,9 @@ class Latents:
 
     values: Float[Tensor, "N C"]
     grid: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.values)
 
 
 TokensT = TypeVar("TokensT", bound=Tokens | Latents, default=Tokens)

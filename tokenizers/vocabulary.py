@@ -4,8 +4,9 @@
 
 Text ids are the text tokenizer's own. Special ids have fixed places; each modality takes the next free one as its
 begin marker. A modality whose spans are of free length, such as speech, has an id that ends them after its codes; that
-of text is the special id `end`, which comes next after its own. Adding a modality appends: no id that was ever stored
-changes its meaning.
+of text is the special id `end`, which comes next after its own. A modality of real vectors has a begin marker and no
+codes; in its rows stands the id `mask`, until a vector takes its place. Adding a modality appends: no id that was ever
+stored changes its meaning.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from omniform.errors import OmniformError
-from omniform.tokenizers.base import Discrete
+from omniform.tokenizers.base import Continuous, Discrete
 
 N_SPECIAL = 64
 _FIXED_SPECIALS = ("end", "pad", "mask", "begin:text")
@@ -45,15 +46,20 @@ class Vocabulary:
 
     Args:
         text_size: number of ids of the text tokenizer.
-        modalities: the other discrete modalities, in the order in which they were added to the model.
+        modalities: the other modalities, in the order in which they were added to the model.
         free_length: those of them whose spans end themselves, as those of text do.
 
     Raises:
-        VocabularyError: more modalities than begin markers, an empty codebook, text among `modalities`, or a name in
-            `free_length` that is not among them.
+        VocabularyError: more modalities than begin markers, an empty codebook, vectors of no numbers, text among
+            `modalities`, or a name in `free_length` that is not among them or is of a continuous modality.
     """
 
-    def __init__(self, text_size: int, modalities: Mapping[str, Discrete], free_length: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        text_size: int,
+        modalities: Mapping[str, Discrete | Continuous],
+        free_length: Collection[str] = (),
+    ) -> None:
         if text_size < 1:
             raise VocabularyError(f"text_size is {text_size}, expected at least 1")
         if "text" in modalities:
@@ -70,6 +76,11 @@ class Vocabulary:
         self._codes: dict[str, IdRange] = {"text": IdRange(0, text_size)}
         next_id = text_size + N_SPECIAL
         for name, representation in modalities.items():
+            if isinstance(representation, Continuous):
+                if representation.channels < 1 or name in free_length:
+                    raise VocabularyError(f"modality {name} is {representation}, expected vectors on a fixed grid")
+                self._codes[name] = IdRange(next_id, next_id)
+                continue
             width = representation.vocab_size * representation.n_codebooks
             if width < 1:
                 raise VocabularyError(f"modality {name} has an empty codebook: {representation}")
@@ -102,8 +113,14 @@ class Vocabulary:
 
     @property
     def mask(self) -> int:
-        """Id that stands for a token not yet known, in masked objectives."""
+        """Id that stands for a token not yet known, in masked objectives, or for one that is a vector."""
         return self._specials["mask"]
+
+    def channels_of(self, modality: str) -> int | None:
+        """Numbers in each token of `modality`; None where tokens are codes."""
+        self._require(modality)
+        representation = self.modalities.get(modality)
+        return representation.channels if isinstance(representation, Continuous) else None
 
     def begin(self, modality: str) -> int:
         """Id of the marker row before every span of `modality`."""
@@ -179,7 +196,10 @@ class Vocabulary:
             VocabularyError: a key is missing, or the hash does not match the content.
         """
         try:
-            stored = {name: Discrete(**entry) for name, entry in content["modalities"].items()}
+            stored = {
+                name: Continuous(**entry) if "channels" in entry else Discrete(**entry)
+                for name, entry in content["modalities"].items()
+            }
             vocabulary = cls(content["text_size"], stored, content.get("free_length", ()))
             expected = content["sha256"]
         except (KeyError, TypeError, AttributeError) as error:
@@ -205,9 +225,7 @@ class Vocabulary:
         return hash(self.digest())
 
     def _content(self) -> dict[str, Any]:
-        entries = {
-            name: {"vocab_size": r.vocab_size, "n_codebooks": r.n_codebooks} for name, r in self.modalities.items()
-        }
+        entries = {name: dict(vars(representation)) for name, representation in self.modalities.items()}
         free = [name for name in self.modalities if name in self._ends]
         # Left out where there are none: records from before there were any keep their hash.
         return {"text_size": self.text_size, "modalities": entries, **({"free_length": free} if free else {})}

@@ -10,10 +10,38 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from omniform.kernels.cross_entropy import cross_entropy
+
+
+@dataclass(frozen=True)
+class ContinuousRows:
+    """Rows that hold vectors in place of ids.
+
+    Attributes:
+        rows: where they are, ascending, in whatever the owner lays out.
+        values: what they hold.
+        times: how far from data (0) to noise (1) each of them is.
+    """
+
+    rows: Int[Tensor, "M"]
+    values: Float[Tensor, "M C"]
+    times: Float[Tensor, "M"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def clean(cls, rows: Int[Tensor, "M"], values: Float[Tensor, "M C"]) -> "ContinuousRows":
+        """Return rows of data."""
+        return cls(rows, values, torch.zeros(len(rows)))
+
+    def to(self, device: torch.device | str) -> "ContinuousRows":
+        """Return the same on `device`."""
+        return ContinuousRows(self.rows.to(device), self.values.to(device), self.times.to(device))
 
 
 @dataclass(frozen=True)
@@ -30,6 +58,7 @@ class TargetSpans:
         lengths: number of contents per span.
         noise_keys: key of the sample that a span belongs to.
         span_numbers: place of the span within its sample.
+        values: clean contents of a continuous modality, whose ids say nothing; None for a discrete one.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -39,6 +68,7 @@ class TargetSpans:
     lengths: npt.NDArray[np.int64]
     noise_keys: npt.NDArray[np.uint64]
     span_numbers: npt.NDArray[np.int64]
+    values: Float[Tensor, "M C"] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,16 +79,27 @@ class Corrupted:
         token_ids: what the network reads in place of the clean contents.
         loss_weights: weight of each content row's prediction; 0 where there is nothing to predict.
         count: what the loss sum is to be divided by; the sum of the weights unless given.
+        values: what the network reads in place of the clean vectors; None where it reads those, or ids.
+        times: of each content, with `values`; see `ContinuousRows`.
+        hidden: contents whose vectors the network does not read, but the id that stands for them.
+        labels: what is predicted at each content, where that is no id.
     """
 
     token_ids: npt.NDArray[np.int64]
     loss_weights: npt.NDArray[np.float32]
     count: float | None = None
+    values: Float[Tensor, "M C"] | None = None
+    times: Float[Tensor, "M"] | None = None
+    hidden: npt.NDArray[np.bool_] | None = None
+    labels: Float[Tensor, "M C"] | None = None
 
 
 @runtime_checkable
 class Draw(Protocol):
     """Keyed randomness of one span being generated; given by the sampler, so that objectives stay pure."""
+
+    temperature: float
+    guidance_scale: float
 
     def tokens(
         self, logits: Float[Tensor, "N W"], step: int, positions: Int[Tensor, "N"]
@@ -68,6 +109,10 @@ class Draw(Protocol):
 
     def gumbel(self, step: int, positions: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
         """Return standard Gumbel noise for each position."""
+        ...
+
+    def normal(self, step: int, positions: Int[Tensor, "N"], channels: int) -> Float[Tensor, "N C"]:
+        """Return standard normal noise for each position and channel."""
         ...
 
     def smallest(self, scores: Float[Tensor, "N"], count: int) -> Bool[Tensor, "N"]:
@@ -90,6 +135,7 @@ class SpanState:
         done: nothing is left to do.
         kept: in an edited span the contents that stay, and the mask id where a new one is wanted; None if all are new.
         confidence: log-probability at which each content was decided, for objectives that may take a decision back.
+        values: contents so far of a continuous modality.
     """
 
     token_ids: Int[Tensor, "N"]
@@ -98,6 +144,7 @@ class SpanState:
     done: bool = False
     kept: Int[Tensor, "K"] | None = None
     confidence: Float[Tensor, "N"] | None = None
+    values: Float[Tensor, "N C"] | None = None
 
 
 class Objective(ABC):
@@ -109,6 +156,8 @@ class Objective(ABC):
         corrupts: training replaces contents, so that what follows needs a clean copy of the span.
         shift: the prediction of a content row is read from the row at this offset from it: -1 or 0.
         commits: every row that a step forwards is final and stays in the cache.
+        continuous: its tokens are vectors, not codes.
+        ignores: names of `SamplingSettings` that say nothing to it.
     """
 
     kind: Any
@@ -117,6 +166,12 @@ class Objective(ABC):
     corrupts: ClassVar[bool]
     shift: ClassVar[int]
     commits: ClassVar[bool]
+    continuous: ClassVar[bool] = False
+    ignores: ClassVar[frozenset[str]] = frozenset()
+
+    def n_outputs(self, channels: int) -> int:
+        """Return how many numbers a continuous objective needs for each token of `channels` numbers."""
+        return channels
 
     @abstractmethod
     def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
@@ -125,11 +180,16 @@ class Objective(ABC):
     def loss(
         self,
         logits: Float[Tensor, "M W"],
-        labels: Int[Tensor, "M"],
+        labels: Int[Tensor, "M"] | Float[Tensor, "M C"],
         weights: Float[Tensor, "M"],
         z_loss: float = 0.0,
     ) -> Float[Tensor, ""]:
-        """Return the SUM of the weighted losses; its count is that of `corrupt`. Rows of weight 0 add exactly 0."""
+        """Return the SUM of the weighted losses; its count is that of `corrupt`. Rows of weight 0 add exactly 0.
+
+        Args:
+            logits: over the ids that the span may hold; of a continuous objective the `n_outputs` of each row.
+            labels: of a continuous objective those of `corrupt`.
+        """
         losses = cross_entropy(logits, labels, z_loss)
         return (losses * weights).where(weights > 0, 0.0).sum()
 
@@ -143,13 +203,29 @@ class Objective(ABC):
 
     @abstractmethod
     def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
-        """Return the ids of the rows to forward for the next step; `step` takes the logits of exactly those rows."""
+        """Return the ids of the rows to forward for the next step; `step` takes the outputs of exactly those rows."""
+
+    def vectors(self, state: SpanState, channels: int, draw: Draw) -> ContinuousRows | None:
+        """Return what those of the rows hold that are read as vectors of `channels` numbers, by place among them; None
+        for an objective over codes."""
+        return None
+
+    def guide(
+        self, conditional: Float[Tensor, "R W"], unconditional: Float[Tensor, "R W"], scale: float
+    ) -> Float[Tensor, "R *V"]:
+        """Return what `step` is to read of the outputs with and without the condition: those that are pushed away from
+        what the model says without it, `uncond + scale * (cond - uncond)`.
+
+        Scale 1 gives the conditional ones. Source: classifier-free guidance, arXiv:2207.12598, whose 1 + w is our
+        scale.
+        """
+        return unconditional + scale * (conditional - unconditional)
 
     @abstractmethod
     def step(
         self,
         state: SpanState,
-        logits: Float[Tensor, "R W"],
+        logits: Float[Tensor, "R *W"],
         first_id: int,
         end_id: int | None,
         mask_id: int,
@@ -158,7 +234,8 @@ class Objective(ABC):
         """Reverse process: one step.
 
         Args:
-            logits: over the ids that the span may hold, for the rows that `inputs` named.
+            logits: over the ids that the span may hold, for the rows that `inputs` named; of a continuous objective
+                their `n_outputs`; with guidance, what `guide` made of them.
             first_id: id of the logits' first column.
             end_id: id that ends the span, or None if its length is fixed.
         """

@@ -107,17 +107,10 @@ class Masked(Objective):
 
     def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
         """Mask contents by keyed numbers, one per content, as the span's time asks for."""
-        times = keyed_uniform(targets.noise_keys, stream("masked/time"), targets.span_numbers)
-        content_keys = keyed_uniform(
-            targets.noise_keys[targets.span_index],
-            stream("masked/order"),
-            targets.span_numbers[targets.span_index],
-            targets.positions,
-        )
         if self.masking == "count":
-            n_masked = np.clip(np.ceil(masked_fraction(times, self.schedule) * targets.lengths), 1, targets.lengths)
-            hidden = _ranks(content_keys, targets) < n_masked[targets.span_index]
+            hidden = counted_mask(targets, self.schedule)
             return Corrupted(np.where(hidden, mask_id, targets.token_ids), hidden.astype(np.float32))
+        times, content_keys = _keyed(targets)
         times = EARLIEST_TIME + (1 - EARLIEST_TIME) * times
         fractions = masked_fraction(times, self.schedule)
         hidden = content_keys < fractions[targets.span_index]
@@ -177,6 +170,22 @@ class Masked(Objective):
             done=not bool(remask.any()),
             confidence=confidence,
         )
+
+
+def counted_mask(targets: TargetSpans, schedule: Schedule) -> npt.NDArray[np.bool_]:
+    """Return which contents to hide: ceil(gamma(t) * n) of each span, at least one, with t uniform by keyed numbers."""
+    times, content_keys = _keyed(targets)
+    n_masked = np.clip(np.ceil(masked_fraction(times, schedule) * targets.lengths), 1, targets.lengths)
+    hidden: npt.NDArray[np.bool_] = _ranks(content_keys, targets) < n_masked[targets.span_index]
+    return hidden
+
+
+def _keyed(targets: TargetSpans) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return a uniform number for each span, its time, and one for each content."""
+    spans = targets.span_index
+    times = keyed_uniform(targets.noise_keys, stream("masked/time"), targets.span_numbers)
+    keys = (targets.noise_keys[spans], stream("masked/order"), targets.span_numbers[spans], targets.positions)
+    return times, keyed_uniform(*keys)
 
 
 def _ranks(keys: npt.NDArray[np.float64], targets: TargetSpans) -> npt.NDArray[np.int64]:

@@ -286,7 +286,8 @@ def test_continuous_tokens_are_kept_to_the_bit(
             continue
         expected = patches.encode(patches.read(sample.spans[1].payload or b""))
         assert isinstance(expected, Latents)
-        found = source.latents(number, 0)
+        found = source.tokens(number, 0)
+        assert isinstance(found, Latents)
         assert torch.equal(found.values, expected.values)
         assert found.grid == expected.grid
         assert source.spans(number) == [("image", len(expected.values))]

@@ -20,7 +20,7 @@ from strategies import (
 
 from omniform.inference.cache import KVCache
 from omniform.inference.engine import Engine
-from omniform.inference.sampling import KeyedDraw, guide
+from omniform.inference.sampling import KeyedDraw
 from omniform.inference.session import Plan, Session
 from omniform.modeling.attention_pattern import AttentionPattern
 from omniform.modeling.config import ModelConfig
@@ -109,7 +109,7 @@ def reference_generate(
         state = objective.begin(len(placeholder), chosen.steps, vocabulary.mask)
         while not state.done:
             logits = [reference_logits(model, parts, target, state.token_ids) for parts in documents]
-            guided = logits[0] if len(logits) == 1 else guide(logits[0], logits[1], chosen.guidance_scale)
+            guided = logits[0] if len(logits) == 1 else objective.guide(logits[0], logits[1], chosen.guidance_scale)
             end_id = vocabulary.end_of(modality)
             state = objective.step(state, guided, ids.start, end_id, vocabulary.mask, draw)
         contents = [i for i in state.token_ids.tolist() if i != end_id]

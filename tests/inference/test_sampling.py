@@ -16,7 +16,6 @@ from omniform.errors import OmniformError
 from omniform.inference.sampling import (
     KeyedDraw,
     choose,
-    guide,
     keep_top_k,
     keep_top_p,
     sampling_settings,
@@ -24,6 +23,7 @@ from omniform.inference.sampling import (
 )
 from omniform.kernels.keyed_noise import keyed_gumbel
 from omniform.modeling.generation_config import SamplingSettings
+from omniform.modeling.objectives.next_token import NextToken
 
 NO_IDS = torch.zeros(3, 0, dtype=torch.int64)
 
@@ -48,13 +48,13 @@ def test_top_p_equals_transformers(seed: int, p: float) -> None:
 def test_guidance_equals_transformers(seed: int, scale: float) -> None:
     conditional, unconditional = random_logits(seed), random_logits(seed + 1000)
     theirs = ClassifierFreeGuidanceLogitsProcessor(scale)(NO_IDS, torch.cat([conditional, unconditional]))
-    torch.testing.assert_close(guide(conditional, unconditional, scale), theirs)
+    torch.testing.assert_close(NextToken().guide(conditional, unconditional, scale), theirs)
 
 
 def test_guidance_scale_one_is_the_condition_alone() -> None:
     conditional, unconditional = random_logits(0), random_logits(1)
-    torch.testing.assert_close(guide(conditional, unconditional, 1.0), conditional)
-    assert torch.equal(guide(conditional, unconditional, 0.0), unconditional)
+    torch.testing.assert_close(NextToken().guide(conditional, unconditional, 1.0), conditional)
+    assert torch.equal(NextToken().guide(conditional, unconditional, 0.0), unconditional)
 
 
 @given(seed=st.integers(0, 99), temperature=st.floats(0.1, 4.0), k=st.integers(1, 20), p=st.floats(0.05, 1.0))
