@@ -31,7 +31,7 @@ def shifted(t: npt.NDArray[np.float64], shift: float) -> npt.NDArray[np.float64]
 
 
 @plain_dataclass(frozen=True)
-class FlowState(SpanState):
+class SolverState(SpanState):
     """A span on its way from noise to data.
 
     Attributes:
@@ -76,24 +76,15 @@ class Flow(Objective):
     def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
         """Mix every vector with keyed noise, at the time of its span."""
         assert targets.values is not None
-        spans, channels = targets.span_index, targets.values.shape[-1]
         keys = (targets.noise_keys, stream("flow/time"), targets.span_numbers)
         if self.times == "uniform":
             times = keyed_uniform(*keys)
         else:
             times = 1 / (1 + np.exp(-(self.mean + self.std * keyed_normal(*keys))))
-        t = torch.from_numpy(shifted(times, self.time_shift)[spans]).float()
-        noise = torch.from_numpy(
-            keyed_normal(
-                targets.noise_keys[spans, None],
-                stream("flow/noise"),
-                targets.span_numbers[spans, None],
-                targets.positions[:, None],
-                np.arange(channels)[None],
-            )
-        ).float()
+        t = torch.from_numpy(shifted(times, self.time_shift)[targets.span_index]).float()
+        noise = noise_of(targets, "flow/noise")
         mixed = torch.lerp(targets.values, noise, t[:, None])
-        weights = np.ones(len(spans), dtype=np.float32)
+        weights = np.ones(len(t), dtype=np.float32)
         return Corrupted(targets.token_ids, weights, values=mixed, times=t, labels=noise - targets.values)
 
     def loss(
@@ -104,14 +95,13 @@ class Flow(Objective):
         z_loss: float = 0.0,
     ) -> Float[Tensor, ""]:
         """Return the sum of the weighted mean squared errors; `z_loss` does not apply."""
-        losses = (logits.float() - labels).square().mean(dim=-1)
-        return (losses * weights).where(weights > 0, 0.0).sum()
+        return squared_error(logits, labels, weights)
 
     def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
         """Open a span of `length` vectors, all noise until the first step."""
         assert kept is None, "a span of vectors is made whole"
         solver = self._solver(steps or self.steps)
-        return FlowState(torch.full((length,), mask_id), 0, len(solver.timesteps), solver=solver)
+        return SolverState(torch.full((length,), mask_id), 0, len(solver.timesteps), solver=solver)
 
     def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
         """The whole span: its vectors see each other."""
@@ -119,10 +109,10 @@ class Flow(Objective):
 
     def vectors(self, state: SpanState, channels: int, draw: Draw) -> ContinuousRows:
         """Return the whole span at its present time."""
-        assert isinstance(state, FlowState)
+        assert isinstance(state, SolverState)
         n = len(state.token_ids)
         time = float(state.solver.timesteps[state.step]) / state.solver.config.num_train_timesteps
-        return ContinuousRows(torch.arange(n), _values(state, channels, draw), torch.full((n,), time))
+        return ContinuousRows(torch.arange(n), values_or_noise(state, channels, draw), torch.full((n,), time))
 
     def step(
         self,
@@ -134,9 +124,9 @@ class Flow(Objective):
         draw: Draw,
     ) -> SpanState:
         """Follow the velocities that are given to the next time of the solver."""
-        assert isinstance(state, FlowState)
+        assert isinstance(state, SolverState)
         solver = copy.copy(state.solver)
-        values = _values(state, logits.shape[-1], draw)
+        values = values_or_noise(state, logits.shape[-1], draw)
         values = solver.step(logits, solver.timesteps[state.step], values, return_dict=False)[0]
         step = state.step + 1
         return replace(state, solver=solver, values=values, step=step, done=step == state.n_steps)
@@ -161,7 +151,39 @@ class Flow(Objective):
         return solver
 
 
-def _values(state: SpanState, channels: int, draw: Draw) -> Float[Tensor, "N C"]:
+def squared_error(
+    outputs: Float[Tensor, "M C"], labels: Float[Tensor, "M C"], weights: Float[Tensor, "M"]
+) -> Float[Tensor, ""]:
+    """Return the sum over rows of the weighted mean squared error of their numbers; weight 0 adds exactly 0."""
+    losses = (outputs.float() - labels).square().mean(dim=-1)
+    return (losses * weights).where(weights > 0, 0.0).sum()
+
+
+def diffusion_schedule(n_times: int) -> Any:
+    """Return diffusers' DDIM scheduler of a chain of `n_times` with the cosine schedule, for noise prediction.
+
+    Its times of decoding leave out the last one, at which hardly any data is left to tell noise from.
+    """
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        n_times, beta_schedule="squaredcos_cap_v2", clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"
+    )
+
+
+def noise_of(targets: TargetSpans, name: str) -> Float[Tensor, "M C"]:
+    """Return standard normal noise for every number of some spans, keyed by sample, span, place and channel.
+
+    Args:
+        name: of this use of random numbers.
+    """
+    assert targets.values is not None
+    spans, channels = targets.span_index, np.arange(targets.values.shape[-1])
+    keys = (targets.noise_keys[spans, None], stream(name), targets.span_numbers[spans, None])
+    return torch.from_numpy(keyed_normal(*keys, targets.positions[:, None], channels)).float()
+
+
+def values_or_noise(state: SpanState, channels: int, draw: Draw) -> Float[Tensor, "N C"]:
     """Return the span's vectors; before the first step the noise, which keys alone decide."""
     if state.values is not None:
         return state.values

@@ -54,7 +54,7 @@ def test_an_override_reaches_into_lists() -> None:
         (MINIMAL, ["z_loss={"], r"not a YAML value"),
         ("objectives: {image: masked}", [], r"lacks text"),
         ("objectives: {text: {kind: next_token, steps: 3}}", [], r"objectives\.text\.steps: unknown key"),
-        ("objectives: {text: nexttoken}", [], r"objectives\.text: .*expected one of \['masked', 'next_token'\]"),
+        ("objectives: {text: nexttoken}", [], r"objectives\.text: .*expected one of .*'masked'.*'next_token'"),
         ("objectives: {text: 3}", [], r"objectives\.text: expected a mapping"),
         ("decoder: {}", [], r"objectives: required"),
         ("a: [", [], r"not valid YAML"),

@@ -21,6 +21,8 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 class OracleDraw:
     """A draw that takes the likeliest token, with noise from a seeded generator for the confidence."""
 
+    temperature, guidance_scale = 1.0, 1.0
+
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -30,6 +32,9 @@ class OracleDraw:
 
     def gumbel(self, step: int, positions: torch.Tensor) -> torch.Tensor:
         return -torch.log(-torch.log(torch.rand(len(positions), generator=self.generator)))
+
+    def normal(self, step: int, positions: torch.Tensor, channels: int) -> torch.Tensor:
+        return torch.randn(len(positions), channels, generator=self.generator)
 
     def subset(self, candidates: torch.Tensor, count: int, step: int) -> torch.Tensor:
         noise = torch.rand(len(candidates), generator=self.generator).masked_fill(~candidates, 2)
