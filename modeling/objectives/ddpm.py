@@ -27,7 +27,8 @@ N_TIMES = 1000  # of the chain in training
 class Ddpm(Objective):
     """Noise prediction along x_t = sqrt(a_t) * data + sqrt(1 - a_t) * noise, where sqrt(a_t) is nearly cos(pi t / 2).
 
-    Training draws one of N_TIMES times per span. The loss of a token is the mean over its channels of the squared error.
+    Training draws one of N_TIMES times per span. The loss of a token is the mean of the squared error over its
+    channels, as that of `Flow`.
 
     Attributes:
         eta: how much of the noise a step of decoding renews: 0 none, so that the noise to begin with decides all
