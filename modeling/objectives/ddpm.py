@@ -1,7 +1,7 @@
 """Denoising diffusion: a span of vectors is noise that the prediction of its noise turns into data, step by step.
 
-Sources: DDPM (arXiv:2006.11239) with the cosine schedule of arXiv:2102.09672, in one decoder with text as in Transfusion
-(arXiv:2408.11039); DDIM (arXiv:2010.02502) for fewer steps. Here t = 0 is data and t = 1 is noise.
+Sources: DDPM (arXiv:2006.11239) with the cosine schedule of arXiv:2102.09672, in one decoder with text as in
+Transfusion (arXiv:2408.11039); DDIM (arXiv:2010.02502) for fewer steps. Here t = 0 is data and t = 1 is noise.
 """
 
 import copy
