@@ -104,10 +104,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LogConfig:
-    """How often metrics and samples are written, in steps; `samples_every` 0 writes no samples."""
+    """What is written, and how often, in steps.
+
+    Attributes:
+        samples_every: 0 writes no samples.
+        gradient_norms: with metrics also the norm of each loss term's own gradient, at the last of their steps; such a
+            step takes one more backward pass for each term. Not with ZeRO-3, where no rank holds whole gradients.
+    """
 
     every: int = Field(default=10, ge=1)
     samples_every: int = Field(default=0, ge=0)
+    gradient_norms: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -152,6 +159,11 @@ class FitConfig:
 
     @model_validator(mode="after")
     def _check_steps(self) -> "FitConfig":
+        if self.log.gradient_norms and self.engine.zero_stage == 3:
+            raise ValueError(
+                "log.gradient_norms is true at engine.zero_stage 3, where no rank holds whole gradients: choose a "
+                "lower stage, or log.gradient_norms false"
+            )
         if self.optim.kind == "muon" and self.engine.zero_stage:
             raise ValueError(
                 f"optim.kind is muon at engine.zero_stage {self.engine.zero_stage}, where no rank holds whole "

@@ -55,8 +55,9 @@ class Engine:
         self._names = dict(module.named_parameters())
         self._shapes = {name: tuple(p.shape) for name, p in self._names.items()}
         self._optimizer = OPTIMIZERS[config.optim.kind](module, config.optim)
+        self._inner = _Autocast(module, self.device.type, enabled=self.precision != "fp32")
         self._deepspeed, *_ = deepspeed.initialize(
-            model=_Autocast(module, self.device.type, enabled=self.precision != "fp32"),
+            model=self._inner,
             optimizer=self._optimizer,
             config=self._settings(config),
         )
@@ -88,6 +89,28 @@ class Engine:
     def forward(self, inputs: Any) -> dict[str, Tensor]:
         """Return the loss sums of one micro-batch."""
         return self._deepspeed(to_device(inputs, self.device))
+
+    def new_gradient(self) -> Tensor:
+        """Return zeros in place of the whole gradient, flat, to add what `gradient_of` returns to."""
+        return torch.zeros(sum(p.numel() for p in self._names.values() if p.requires_grad), device=self.device)
+
+    def gradient_of(self, term: str, factor: float) -> Tensor:
+        """Return this rank's gradient of `factor` times a loss of the last `forward`, flat and in fp32.
+
+        What `backward` adds up stays as it is. Not at stage 3, where weights are in parts.
+        """
+        trainable = [p for p in self._names.values() if p.requires_grad]
+        loss = factor * self._inner.losses[term]
+        found = torch.autograd.grad(loss, trainable, retain_graph=True, allow_unused=True)
+        pairs = zip(found, trainable, strict=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in pairs])
+
+    def norm_over_ranks(self, gradient: Tensor) -> float:
+        """Return the norm of the mean of the ranks' gradients, which is overwritten with it."""
+        if self.world_size > 1:
+            dist.all_reduce(gradient)
+            gradient /= self.world_size
+        return float(gradient.norm())
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch; over ranks they are averaged, over micro-batches summed."""
@@ -244,10 +267,13 @@ class _Autocast(nn.Module):
     def __init__(self, module: nn.Module, device_type: str, *, enabled: bool) -> None:
         super().__init__()
         self.module, self.device_type, self.enabled = module, device_type, enabled
+        self.losses: dict[str, Tensor] = {}
 
     def forward(self, inputs: Any) -> dict[str, Tensor]:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.enabled):
-            return self.module(inputs)
+            self.losses = self.module(inputs)
+        # DeepSpeed hooks what it is given: a gradient of these alone would be taken for the step's.
+        return {term: loss.clone() for term, loss in self.losses.items()}
 
 
 def multiplies_bf16() -> bool:

@@ -80,14 +80,23 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
             batches = task.micro_batches(step, engine.rank, engine.world_size)
             data_seconds = time.monotonic() - started
 
-            outcome = train_step(engine, weights, batches, lr, stop=signals.received is not None)
+            ends_window = (step + 1) % config.log.every == 0 or step + 1 in {config.steps, *config.stage_starts}
+            outcome = train_step(
+                engine,
+                weights,
+                batches,
+                lr,
+                stop=signals.received is not None,
+                gradient_norms=config.log.gradient_norms and ends_window,
+            )
             progress = _advance(progress, outcome.update.skipped, outcome.n_tokens)
             log.add(outcome, data_seconds)
             step = progress.step
 
             # An entry of the log is of one stage.
-            if step % config.log.every == 0 or step == config.steps or step in config.stage_starts:
+            if ends_window:
                 values = {"lr": lr, "grad_norm": outcome.update.grad_norm, "skipped": progress.n_skipped}
+                values |= {f"grad_norm/{term}": norm for term, norm in outcome.gradient_norms.items()}
                 log.write(step, weights, None if stage is None else stage.name, values)
             if progress.n_skipped_in_a_row >= config.optim.skip_limit:
                 raise OmniformError(

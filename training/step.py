@@ -1,7 +1,7 @@
 """One optimizer step: every micro-batch of every rank as if it were one batch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class StepResult:
         counts: count per term over all ranks, in the same order.
         n_tokens: over all ranks.
         stop: whether any rank asked to stop.
+        gradient_norms: of each term's own gradient, its weight included, before clipping; empty unless asked for.
     """
 
     update: Update
@@ -27,10 +28,17 @@ class StepResult:
     counts: Tensor
     n_tokens: float
     stop: bool
+    gradient_norms: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_step(
-    engine: Engine, term_weights: Mapping[str, float], batches: list[MicroBatch], lr: float, *, stop: bool = False
+    engine: Engine,
+    term_weights: Mapping[str, float],
+    batches: list[MicroBatch],
+    lr: float,
+    *,
+    stop: bool = False,
+    gradient_norms: bool = False,
 ) -> StepResult:
     """Run forward and backward passes of this rank's `batches` and the optimizer step that all ranks share.
 
@@ -40,6 +48,7 @@ def train_step(
     Args:
         term_weights: weight of each loss term in this step, in the module's order.
         stop: this rank's wish to end; carried to all ranks in the same message as the counts.
+        gradient_norms: measure that of each term too.
     """
     if len(batches) != engine.accumulation:
         raise OmniformError(f"the task gave {len(batches)} micro-batches, expected {engine.accumulation} on every rank")
@@ -48,6 +57,7 @@ def train_step(
     *counts, n_tokens, n_stop = engine.sum_over_ranks(message).tolist()
 
     loss_sums = torch.zeros(len(term_weights), device=engine.device)
+    apart = {term: engine.new_gradient() for term in term_weights} if gradient_norms else {}
     for batch in batches:
         losses = engine.forward(batch.inputs)
         if list(losses) != list(term_weights):
@@ -57,10 +67,15 @@ def train_step(
         total = torch.zeros((), device=engine.device)
         for (term, weight), count in zip(term_weights.items(), counts, strict=True):
             if count:
-                total = total + losses[term] * (weight * engine.world_size / count)
+                factor = weight * engine.world_size / count
+                total = total + losses[term] * factor
+                if term in apart:
+                    apart[term] += engine.gradient_of(term, factor)
             else:
                 # Absent everywhere: it stays in the graph, so that all ranks run the same backward pass, as 0.
                 total = total + torch.where(torch.zeros_like(losses[term], dtype=torch.bool), losses[term], 0.0)
         engine.backward(total)
         loss_sums += torch.stack([losses[term].detach().float() for term in term_weights])
-    return StepResult(engine.step(lr), loss_sums, torch.tensor(counts, dtype=torch.float64), n_tokens, n_stop > 0)
+    norms = {term: engine.norm_over_ranks(gradient) for term, gradient in apart.items()}
+    all_counts = torch.tensor(counts, dtype=torch.float64)
+    return StepResult(engine.step(lr), loss_sums, all_counts, n_tokens, n_stop > 0, norms)

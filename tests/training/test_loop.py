@@ -323,3 +323,25 @@ def test_resume_command_drops_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resume_command() == "omniform train digits steps=5"
     monkeypatch.setenv("OMNIFORM_COMMAND", "omniform launch --nproc 2 -- train digits --fresh")
     assert resume_command() == "omniform launch --nproc 2 -- train digits"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_gradient_norms_of_terms_add_up_and_change_nothing(toy: ModuleType, tmp_path: Path, stage: int) -> None:
+    settings = FAST | {"engine": {"zero_stage": stage, "micro_batch_rows": 3, "precision": "fp32"}}
+    settings |= {"optim": {**settings.get("optim", {}), "clip_grad_norm": None}}
+    for name, measured in (("plain", False), ("measured", True)):
+        toy.run_toy(tmp_path / name, **settings | {"log": {"every": 1, "gradient_norms": measured}})
+    assert final(tmp_path / "measured") == final(tmp_path / "plain")
+    assert not any("grad_norm/value" in entry for entry in log(tmp_path / "plain"))
+    for entry in log(tmp_path / "measured"):
+        value, label, both = (entry[f"grad_norm{term}"] for term in ("/value", "/label", ""))
+        if entry["step"] % 2 == 0:  # counted from 1: no row of such a step has a label
+            assert label == 0
+            assert value == pytest.approx(both, rel=1e-5)
+        else:
+            assert abs(value - label) < both < value + label
+
+
+def test_gradient_norms_need_whole_gradients(toy: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gradient_norms is true at engine.zero_stage 3.*choose a lower stage"):
+        toy.run_toy(tmp_path, engine={"zero_stage": 3}, log={"gradient_norms": True})
