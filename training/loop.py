@@ -81,13 +81,14 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
             data_seconds = time.monotonic() - started
 
             outcome = train_step(engine, weights, batches, lr, stop=signals.received is not None)
+            figures = task.after_step(engine.sum_over_ranks, skipped=outcome.update.skipped)
             progress = _advance(progress, outcome.update.skipped, outcome.n_tokens)
             log.add(outcome, data_seconds)
             step = progress.step
 
             # An entry of the log is of one stage.
             if step % config.log.every == 0 or step == config.steps or step in config.stage_starts:
-                values = {"lr": lr, "grad_norm": outcome.update.grad_norm, "skipped": progress.n_skipped}
+                values = {"lr": lr, "grad_norm": outcome.update.grad_norm, "skipped": progress.n_skipped, **figures}
                 log.write(step, weights, None if stage is None else stage.name, values)
             if progress.n_skipped_in_a_row >= config.optim.skip_limit:
                 raise OmniformError(
