@@ -93,18 +93,22 @@ class RoutingTally:
         self._balance: list[Tensor] = []
         self._squares: list[Tensor] = []
 
-    def add(self, logits: Float[Tensor, "N E"], scores: Float[Tensor, "N E"], chosen: Int[Tensor, "N k"]) -> None:
-        """Take in what one router chose for the N = B * L rows."""
-        n_experts, counted = logits.shape[1], self.counted
-        load = chosen[counted].flatten().bincount(minlength=n_experts)
-        fractions = n_experts * load / load.sum().clamp(min=1)
-        self.loads.append(load)
-        self._balance.append((fractions * scores[counted].sum(0)).sum())
-        self._squares.append(logits[counted].logsumexp(-1).square().sum())
+    def add(self, logits: Float[Tensor, "N E"], chosen: Int[Tensor, "N k"], load_before: Int[Tensor, "E"]) -> None:
+        """Take in what one router chose for the N = B * L rows.
+
+        Args:
+            load_before: how many rows its experts got in the step before.
+        """
+        n_experts, logits = logits.shape[1], logits[self.counted]
+        total = load_before.sum()
+        shares = torch.where(total > 0, n_experts * load_before / total.clamp(min=1), 1.0)
+        self.loads.append(chosen[self.counted].flatten().bincount(minlength=n_experts))
+        self._balance.append((shares * logits.softmax(-1)).sum())
+        self._squares.append(logits.logsumexp(-1).square().sum())
 
     @property
     def balance(self) -> Float[Tensor, ""]:
-        """The balance loss, the mean over routers, times the number of rows counted; see `TopKExperts`."""
+        """The SUM of the balance loss over the rows counted, see `TopKExperts`; the mean over routers."""
         return torch.stack(self._balance).mean()
 
     @property
@@ -134,9 +138,9 @@ class TopKExperts(nn.Module):
 
     The balance loss of a router is n * sum over experts of (fraction of the choices) * (mean score), 1 where experts
     share rows evenly (arXiv:2101.03961, equations 4 to 6; fractions of choices for k > 1 as in arXiv:2408.15664).
-    Deviations: fractions and means are those of one micro-batch of one rank, and micro-batches are averaged by their
-    rows, so that unlike every other loss it depends on how rows are divided into micro-batches, though not on how these
-    are divided over ranks; routers are averaged, where Switch adds them up.
+    Deviations: the fractions are those of the step before over all ranks, even ones in the first step, so that it is a
+    sum over rows as every other loss is, and no division into micro-batches and ranks changes it
+    (docs/decisions/0013-routed-experts.md); routers are averaged, where Switch adds them up.
 
     With a `bias_rate` u each expert has a bias that is added to its scores for the choice alone, and after each step
     moves by u up where the expert got fewer rows of that step than the mean, down where more (arXiv:2408.15664,
@@ -145,9 +149,11 @@ class TopKExperts(nn.Module):
 
     Attributes:
         n_active: experts that a row goes through.
-        bias_steps: moves up less moves down of each expert's bias; only with a `bias_rate`.
+        load: how many rows each expert got in the step before, over all ranks.
+        bias_steps: moves up less moves down of each expert's bias.
     """
 
+    load: Int[Tensor, "E"]
     bias_steps: Int[Tensor, "E"]
 
     def __init__(self, config: DecoderConfig, choice: TopK) -> None:
@@ -155,8 +161,8 @@ class TopKExperts(nn.Module):
         self.n_active, self.bias_rate = choice.k, choice.bias_rate
         self.router = Router(config.dim, choice.n)
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(choice.n))
-        if choice.bias_rate:
-            self.register_buffer("bias_steps", torch.zeros(choice.n, dtype=torch.int64))
+        self.register_buffer("load", torch.zeros(choice.n, dtype=torch.int64))
+        self.register_buffer("bias_steps", torch.zeros(choice.n, dtype=torch.int64))
 
     def forward(self, x: Float[Tensor, "B L D"], tally: RoutingTally | None = None) -> Float[Tensor, "B L D"]:
         """Return the weighted sum of what the chosen experts make of each row.
@@ -167,18 +173,17 @@ class TopKExperts(nn.Module):
         rows = x.flatten(0, 1)
         logits = self.router(rows)
         scores = logits.softmax(-1)
-        ranked = scores + self.bias_rate * self.bias_steps if self.bias_rate else scores
-        chosen = ranked.topk(self.n_active).indices
+        chosen = (scores + self.bias_rate * self.bias_steps).topk(self.n_active).indices
         # The softmax of the chosen logits is what makes the chosen scores sum to 1, also where these underflow.
         weights = logits.gather(1, chosen).softmax(-1) if self.n_active > 1 else scores.gather(1, chosen)
         if tally is not None:
-            tally.add(logits, scores, chosen)
+            tally.add(logits, chosen, self.load)
         results = Routes.of(chosen, len(self.experts), self.n_active).through(self.experts, rows)
         weighed = results.unflatten(0, (-1, self.n_active)) * weights[..., None]
         return weighed.sum(1).to(results.dtype).view_as(x)
 
-    def move_bias(self, load: Int[Tensor, "E"]) -> None:
-        """Move the bias after a step in which the experts got these numbers of rows, over all ranks."""
+    def balance(self, load: Int[Tensor, "E"]) -> None:
+        """Move the biases after a step in which the experts got these numbers of rows, and remember these."""
+        self.load.copy_(load)
         if self.bias_rate:
-            moves = torch.sign(load.sum() - len(load) * load)
-            self.bias_steps += moves.to(self.bias_steps)
+            self.bias_steps += torch.sign(load.sum() - len(load) * load).to(self.bias_steps)

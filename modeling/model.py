@@ -237,8 +237,8 @@ class UnifiedModel(nn.Module):
         hidden = self.hidden(rows, same, span_positions, positions, AttentionPattern(same, same, no, no))[:, 1:]
         return self.logits(hidden, IdRange(0, self.vocabulary.text_size))
 
-    def move_router_biases(self, loads: Int[Tensor, "blocks E"]) -> None:
-        """Move the biases of every block's router after a step in which its experts got these numbers of rows."""
+    def balance_routers(self, loads: Int[Tensor, "blocks E"]) -> None:
+        """Tell every block's router how many rows its experts got in the step that was made, over all ranks."""
         for block, load in zip(self.decoder.blocks, loads, strict=True):
             assert isinstance(block.feed_forward, TopKExperts)
-            block.feed_forward.move_bias(load)
+            block.feed_forward.balance(load)

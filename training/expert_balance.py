@@ -1,4 +1,4 @@
-"""After each step: how unevenly routers spread the rows of all ranks over experts, and biases that even it out."""
+"""After each step: routers are told how evenly they spread the rows of all ranks over their experts."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,9 @@ from omniform.modeling.model import UnifiedModel
 def balance_experts(
     model: UnifiedModel, sum_over_ranks: Callable[[Tensor], Tensor], *, skipped: bool
 ) -> dict[str, float]:
-    """Move the biases of the model's routers by what its experts got in the step, over all ranks and micro-batches.
+    """Tell the model's routers what its experts got in the step, over all ranks and micro-batches.
 
-    Every rank must call it after each step, and all move alike, for what they read is the same. A skipped step moves
-    nothing.
+    Every rank must call it after each step, and the routers stay the same on all. Those of a skipped step are not told.
 
     Returns:
         For the log `router_violation`, by how much the fullest expert of any block was above the mean of its block, as
@@ -25,6 +24,6 @@ def balance_experts(
     loads = sum_over_ranks(model.router_loads.double().cpu())
     model.router_loads = None
     if not skipped:
-        model.move_router_biases(loads.long())
+        model.balance_routers(loads.long())
     means = loads.mean(dim=1).clamp(min=1)
     return {"router_violation": float((loads.amax(dim=1) / means).max() - 1)}
