@@ -97,7 +97,7 @@ def forecast(model: UnifiedModel, config: TrainConfig, world_size: int, *, free_
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     n = sum(parameters.values())
     layers = [m for m in model.modules() if isinstance(m, ModalityExperts | TopKExperts)]
-    idle = [expert for layer in layers for expert in layer.experts[layer.n_active :]]  # all of one size
+    idle = [expert for layer in layers for expert in list(layer.experts)[layer.n_active :]]  # all of one size
     active = n - sum(p.numel() for expert in idle for p in expert.parameters())
     precision, stage = resolve_precision(config), config.engine.zero_stage
     tokens_per_step = config.rows_per_step * config.data.row_length
