@@ -32,7 +32,7 @@ def by_rows(layer: TopKExperts, rows: torch.Tensor) -> torch.Tensor:
     results = []
     for row in rows:
         scores = torch.softmax(layer.router.weight @ row, 0)
-        ranked = [float(s) + layer.bias_rate * int(b) for s, b in zip(scores, layer.bias_steps, strict=True)]
+        ranked = (scores + 0.1 * layer.bias_steps if layer.bias_rate else scores).tolist()
         best = sorted(range(N_EXPERTS), key=lambda e: -ranked[e])[: layer.n_active]
         total = sum(scores[e] for e in best) if layer.n_active > 1 else 1.0
         results.append(sum(scores[e] / total * layer.experts[e](row) for e in best))
@@ -137,10 +137,12 @@ def test_biases_move_by_the_sign_of_the_load_error() -> None:
 
 
 def test_biases_spread_rows_that_all_wanted_the_same_experts() -> None:
-    layer, counted = layer_of(2, bias_rate=0.01), torch.ones(1, 400, dtype=torch.bool)
-    x = torch.randn(1, 400, CONFIG.dim) + 3 * layer.router.weight[0] / layer.router.weight[0].norm()
+    layer, counted = layer_of(2, bias_rate=0.003), torch.ones(1, 400, dtype=torch.bool)
+    with torch.no_grad():
+        layer.router.weight.mul_(0.5)
+        x = torch.randn(1, 400, CONFIG.dim) + 2 * layer.router.weight[0] / layer.router.weight[0].norm()
     fullest = []
-    for _ in range(200):
+    for _ in range(300):
         tally = RoutingTally(counted)
         with torch.no_grad():
             layer(x, tally)
