@@ -75,12 +75,13 @@ def test_continued_run_has_the_same_end(config_file: Path, trained: tuple[Path, 
         assert (tmp_path / name).read_bytes() == (trained[0] / name).read_bytes()
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "fp32")])
 def test_a_run_with_routers_resumes_to_the_bit_and_reports_their_violation(
-    config_file: Path, tmp_path: Path, stage: int
+    config_file: Path, tmp_path: Path, stage: int, precision: str
 ) -> None:
     experts = "{kind: topk, n: 4, k: 2, z_weight: 0.001, bias_rate: 0.001}"
-    overrides = [f"model.decoder.experts={experts}", f"engine.zero_stage={stage}", "checkpoint.every=1"]
+    overrides = [f"model.decoder.experts={experts}", "checkpoint.every=1"]
+    overrides += [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
     train(config_file, overrides, tmp_path / "never")
     entries = [json.loads(line) for line in (tmp_path / "never" / "log.jsonl").read_text().splitlines()]
     for entry in entries:
