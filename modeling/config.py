@@ -49,6 +49,63 @@ AnyObjective = Annotated[Objective, PlainValidator(_build_objective), PlainSeria
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class TopK:
+    """Experts of which a router chooses the few that each row goes through; see `TopKExperts`.
+
+    Attributes:
+        n: experts of each block.
+        k: how many of them a row goes through.
+        balance_weight: of the loss that spreads the rows evenly over the experts (arXiv:2101.03961).
+        z_weight: of the mean of log(Z)^2 of the router, which keeps its logits small (arXiv:2202.08906; 0.001 there).
+        bias_rate: by how much the bias of an expert moves after each step, to spread the rows evenly without a loss
+            (arXiv:2408.15664; 0.001 there); 0 for no bias.
+    """
+
+    kind: Literal["topk"] = "topk"
+    n: int = Field(default=8, ge=2)
+    k: int = Field(default=2, ge=1)
+    balance_weight: float = Field(default=0.01, ge=0)
+    z_weight: float = Field(default=0.0, ge=0)
+    bias_rate: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> "TopK":
+        if self.k > self.n:
+            raise ValueError(f"k is {self.k}, expected no more than the experts that there are, n = {self.n}")
+        return self
+
+
+def _build_experts(value: object) -> object:
+    if isinstance(value, TopK):
+        return value
+    given = value if isinstance(value, Mapping) else {"kind": value}
+    match given.get("kind"):
+        case "shared" | "modality" as kind if len(given) == 1:
+            return kind
+        case "topk":
+            try:
+                return TypeAdapter(TopK).validate_python(dict(given))
+            except ValidationError as error:
+                raise ValueError("\n".join(f".{line}" for line in _describe(error, TopK))) from error
+        case "expert_choice":
+            raise ValueError(
+                "kind is expert_choice, whose experts choose among all rows at once (arXiv:2202.09368), so that what a "
+                "row gets depends on rows after it: generation, which has not got these yet, could not repeat it. "
+                "Text is read causally, and so is every span that follows another: choose topk"
+            )
+    raise ValueError(f"given {value!r}, expected shared, modality, topk or a mapping with kind: topk")
+
+
+def _dump_experts(experts: object) -> object:
+    return TypeAdapter(TopK).dump_python(experts, mode="json") if isinstance(experts, TopK) else experts
+
+
+AnyExperts = Annotated[
+    Literal["shared", "modality"] | TopK, PlainValidator(_build_experts), PlainSerializer(_dump_experts)
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DecoderConfig:
     """Sizes of the decoder.
 
@@ -57,8 +114,11 @@ class DecoderConfig:
         ffn_dim: inner dimension of the gated feed-forward layer.
         rope_theta: base of the rotary frequencies.
         qk_norm: normalise queries and keys per head (arXiv:2405.09818 shows it essential for mixed modalities).
+        norm: where the norms of a block stand; see `Block`.
+        init: how weights begin; see `initialise`. "magneto" with norm "sub_ln", else "gpt2", unless given.
         experts: "shared": all rows go through the same feed-forward layers; "modality": each modality's rows through
-            their own, in every block, while attention stays shared; see `ModalityExperts`.
+            their own, in every block, while attention stays shared, see `ModalityExperts`; a `TopK`: each row through
+            the few that a router chooses.
     """
 
     dim: int = Field(default=192, ge=2)
@@ -69,7 +129,9 @@ class DecoderConfig:
     ffn_dim: int = Field(default=512, ge=1)
     rope_theta: float = Field(default=10_000.0, gt=1)
     qk_norm: bool = True
-    experts: Literal["shared", "modality"] = "shared"
+    norm: Literal["pre", "post", "sandwich", "sub_ln", "hybrid"] = "pre"
+    init: Literal["gpt2", "normal", "ds", "magneto"] | None = None
+    experts: AnyExperts = "shared"
     norm_eps: float = Field(default=1e-5, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
@@ -77,6 +139,11 @@ class DecoderConfig:
     def dim_per_head(self) -> int:
         """Dimension of a head, derived from `dim` unless given."""
         return self.head_dim or self.dim // self.n_heads
+
+    @property
+    def initialisation(self) -> str:
+        """How weights begin, derived from `norm` unless given."""
+        return self.init or ("magneto" if self.norm == "sub_ln" else "gpt2")
 
     @model_validator(mode="after")
     def _check_heads(self) -> "DecoderConfig":
@@ -86,6 +153,16 @@ class DecoderConfig:
             raise ValueError(f"dim is {self.dim}, expected a multiple of n_heads = {self.n_heads}, or give head_dim")
         if self.dim_per_head % 2:
             raise ValueError(f"head_dim is {self.dim_per_head}, expected an even number for rotary positions")
+        return self
+
+    @model_validator(mode="after")
+    def _check_norm(self) -> "DecoderConfig":
+        if self.norm == "hybrid" and not self.qk_norm:
+            raise ValueError("norm is hybrid, which normalises queries and keys, with qk_norm: false: leave it true")
+        if self.init == "magneto" and self.norm != "sub_ln":
+            raise ValueError(
+                f"init is magneto, whose gain is derived for norm: sub_ln, with norm: {self.norm}: change one of them"
+            )
         return self
 
 

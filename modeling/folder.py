@@ -2,7 +2,7 @@
 
 config.json              ModelConfig
 vocabulary.json          the id space, with its hash
-model.safetensors        weights in fp32
+model.safetensors        weights in fp32; of routers also whole numbers
 tokenizers/<modality>/   what each tokenizer saved
 generation_config.json   default sampling settings per modality
 README.md                model card
@@ -101,7 +101,7 @@ def save_model_folder(
     """Write a model folder beside its place, then move it there whole; an older one is replaced at that moment.
 
     Args:
-        weights: the model's state dict; stored in fp32.
+        weights: the model's state dict; stored in fp32, whole numbers as they are.
         tokenizers: by modality, in the order of the vocabulary.
         card: README.md of the folder.
     """
@@ -120,9 +120,8 @@ def save_model_folder(
     _write_json(draft / "config.json", record)
     _write_json(draft / "vocabulary.json", build_vocabulary(tokenizers).to_json())
     _write_json(draft / "generation_config.json", dict(generation_config))
-    save_tensors(
-        {name: w.detach().float().contiguous().cpu() for name, w in weights.items()}, draft / "model.safetensors"
-    )
+    stored = {name: w.detach().float() if w.is_floating_point() else w for name, w in weights.items()}
+    save_tensors({name: w.contiguous().cpu() for name, w in stored.items()}, draft / "model.safetensors")
     (draft / "README.md").write_text(card, encoding="utf-8")
     write_manifest(draft)
     commit(draft, folder)

@@ -59,6 +59,9 @@ class ContinuousInterface(nn.Module):
         self.inward = nn.Linear(channels, dim)
         self.time = nn.Sequential(nn.Linear(_N_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.head = nn.Linear(dim, n_outputs)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def embed(self, values: Float[Tensor, "M C"], times: Float[Tensor, "M"]) -> Float[Tensor, "M D"]:
         """Return the rows that the decoder reads."""

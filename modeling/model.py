@@ -1,19 +1,20 @@
 """The unified model: interfaces around the decoder, and the losses of a corrupted batch."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from omniform.kernels.attention import MaskForm, preferred_form
-from omniform.modeling.attention_pattern import AttentionPattern
-from omniform.modeling.config import ConfigError, ModelConfig
+from omniform.modeling.attention_pattern import PADDING, AttentionPattern
+from omniform.modeling.config import ConfigError, ModelConfig, TopK
 from omniform.modeling.decoder import Decoder
+from omniform.modeling.experts import RoutingTally, TopKExperts
+from omniform.modeling.initialisation import initialise
 from omniform.modeling.interfaces import ContinuousInterface, DiscreteInterface, PositionEmbedding
 from omniform.modeling.layers import KeyValueCache
 from omniform.modeling.objectives.base import ContinuousRows, Corrupted, Objective
@@ -22,6 +23,7 @@ from omniform.modeling.sequence import PackedBatch
 from omniform.tokenizers.vocabulary import IdRange, Vocabulary
 
 NEXT_SPAN = "next_span"
+ROUTER_BALANCE, ROUTER_Z = "router_balance", "router_z"
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,15 @@ class CorruptedBatch:
 
     @property
     def counts(self) -> dict[str, float]:
-        """What each loss sum is to be divided by."""
-        return {term: predictions.count for term, predictions in self.predictions.items()}
+        """What each loss sum is to be divided by: for the terms of routers the rows that are no padding."""
+        n_rows = float(self.routed.sum())
+        counts = {term: predictions.count for term, predictions in self.predictions.items()}
+        return {**counts, ROUTER_BALANCE: n_rows, ROUTER_Z: n_rows}
+
+    @property
+    def routed(self) -> Bool[Tensor, "B L"]:
+        """The rows whose experts count: all but padding."""
+        return self.pattern.document_ids != PADDING
 
     def to(self, device: torch.device | str) -> "CorruptedBatch":
         """Return the batch on `device`."""
@@ -142,6 +151,10 @@ def _corrupted(held: ContinuousRows, rows: npt.NDArray[np.int64], corrupted: Cor
 class UnifiedModel(nn.Module):
     """One decoder over every modality of a vocabulary.
 
+    Attributes:
+        router_loads: of each block's router, how many rows its experts got in the `forward` calls since this was last
+            set to None; None before the first, and without routers.
+
     Raises:
         ConfigError: a modality of the vocabulary has no objective, or an objective no modality; or one that is for
             vectors where the modality has codes, or the other way round.
@@ -180,28 +193,39 @@ class UnifiedModel(nn.Module):
         self.position_embedding = PositionEmbedding(sizes, config.decoder.dim) if sizes else None
         n_experts = len(vocabulary.names) if config.decoder.experts == "modality" else None
         self.decoder = Decoder(config.decoder, n_experts)
-        self._initialize()
+        self.router_loads: Int[Tensor, "blocks E"] | None = None
+        initialise(self, config.decoder)
 
     @property
     def term_weights(self) -> dict[str, float]:
         """Weight of each loss term, in the order in which `forward` returns them."""
-        objectives, weight = self.config.objectives, self.config.next_span_weight
+        objectives, experts = self.config.objectives, self.config.decoder.experts
         weights = {modality: objectives[modality].weight for modality in self.vocabulary.names}
-        return {**weights, NEXT_SPAN: weight} if weight else weights
+        weights[NEXT_SPAN] = self.config.next_span_weight
+        if isinstance(experts, TopK):
+            weights |= {ROUTER_BALANCE: experts.balance_weight, ROUTER_Z: experts.z_weight}
+        return {term: weight for term, weight in weights.items() if weight}
 
     def forward(self, batch: CorruptedBatch) -> dict[str, Float[Tensor, ""]]:
-        """Return the loss SUM of every modality, in the vocabulary's order, then that of `NEXT_SPAN` if it is learnt;
-        the counts are `batch.counts`."""
+        """Return the loss SUM of every modality, in the vocabulary's order, then those of `NEXT_SPAN`, `ROUTER_BALANCE`
+        and `ROUTER_Z` that have a weight; the counts are `batch.counts`."""
         rows = (batch.token_ids, batch.modality_ids, batch.span_positions, batch.position_ids)
-        hidden = self.hidden(*rows, batch.pattern, vectors=batch.vectors).flatten(0, 1)
+        tally = RoutingTally(batch.routed) if isinstance(self.config.decoder.experts, TopK) else None
+        hidden = self.hidden(*rows, batch.pattern, vectors=batch.vectors, tally=tally).flatten(0, 1)
         losses = {}
+        if tally is not None:
+            losses = {ROUTER_BALANCE: tally.balance, ROUTER_Z: tally.z}
+            loads = torch.stack(tally.loads)
+            self.router_loads = loads if self.router_loads is None else self.router_loads + loads
         for term in self.term_weights:
+            if term in losses:
+                continue
             asked = batch.predictions[term]
             # Which span follows is one more next-token prediction, over its own few ids.
             objective = NextToken() if term == NEXT_SPAN else self.config.objectives[term]
             outputs = self.outputs(hidden[asked.rows], term)
             losses[term] = objective.loss(outputs, asked.labels, asked.weights, self.config.z_loss)
-        return losses
+        return {term: losses[term] for term in self.term_weights}
 
     def outputs(self, hidden: Float[Tensor, "*M D"], term: str) -> Float[Tensor, "*M W"]:
         """Return what a loss term, or the objective of a modality, reads of some hidden states: logits over its ids, or
@@ -225,6 +249,7 @@ class UnifiedModel(nn.Module):
         pattern: AttentionPattern,
         cache: KeyValueCache | None = None,
         vectors: Mapping[str, ContinuousRows] | None = None,
+        tally: RoutingTally | None = None,
     ) -> Float[Tensor, "B N D"]:
         """Return the hidden states of N rows.
 
@@ -233,6 +258,7 @@ class UnifiedModel(nn.Module):
             span_positions: of each row in its span: 0 for the begin marker, then 1, 2, ...
             pattern: of the N rows; with a cache, of the cached rows followed by the N rows.
             vectors: by modality, the rows, flat in (B * N), that hold vectors in place of their ids.
+            tally: is told what routers choose; only where there are routers.
         """
         if cache is None:
             mask = pattern.render(preferred_form(token_ids.device))
@@ -244,7 +270,7 @@ class UnifiedModel(nn.Module):
                 embeddings = _placed(embeddings, self.continuous[key], (vectors or {}).get(name))
         if self.position_embedding is not None:
             embeddings = embeddings + self.position_embedding(modality_ids, span_positions)
-        return self.decoder(embeddings, position_ids, mask, cache, modality_ids)
+        return self.decoder(embeddings, position_ids, mask, cache, modality_ids, tally)
 
     def logits(self, hidden: Float[Tensor, "*M D"], ids: IdRange) -> Float[Tensor, "*M W"]:
         """Return the logits of the ids in the range, for the hidden states given."""
@@ -267,26 +293,18 @@ class UnifiedModel(nn.Module):
         hidden = self.hidden(rows, same, span_positions, positions, AttentionPattern(same, same, no, no))[:, 1:]
         return self.logits(hidden, IdRange(0, self.vocabulary.text_size))
 
+    def balance_routers(self, loads: Int[Tensor, "blocks E"]) -> None:
+        """Tell every block's router how many rows its experts got in the step that was made, over all ranks."""
+        for block, load in zip(self.decoder.blocks, loads, strict=True):
+            assert isinstance(block.feed_forward, TopKExperts)
+            block.feed_forward.balance(load)
+
     def _representation(self, modality: str) -> str | None:
         """Return the name of the interface of a continuous modality; None for one of codes."""
         channels = self.vocabulary.channels_of(modality)
         if channels is None:
             return None
         return f"{channels}_to_{self.config.objectives[modality].n_outputs(channels)}"
-
-    def _initialize(self) -> None:
-        """Normal weights of deviation 0.02; the layers that write to the residual stream 1 / sqrt(2 n_layers) smaller.
-
-        Source: GPT-2 (Radford et al., 2019), section 2.3.
-        """
-        for parameter in self.parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
-        for name, parameter in self.named_parameters():
-            if name.endswith(".bias"):
-                nn.init.zeros_(parameter)
-            if name.endswith(("attention.out.weight", "down.weight")):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.decoder.n_layers))
 
 
 def _placed(

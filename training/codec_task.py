@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,10 @@ class CodecTask:
         first = step * self.config.rows_per_step
         draws = list(range(first + rank, first + self.config.rows_per_step, world_size))
         return [self._micro_batch(step, draws[i : i + size]) for i in range(0, len(draws), size)]
+
+    def after_step(self, sum_over_ranks: Callable[[Tensor], Tensor], *, skipped: bool) -> dict[str, float]:
+        """Change nothing: codebooks move in the forward pass."""
+        return {}
 
     def position(self, step: int) -> dict[str, Any]:
         """Return which items are drawn from; which of them come next follows from the step alone."""

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from omniform.errors import OmniformError
-from omniform.modeling.layers import ModalityExperts
+from omniform.modeling.config import TopK
+from omniform.modeling.experts import ModalityExperts, TopKExperts
 from omniform.modeling.model import UnifiedModel
 from omniform.training.config import TrainConfig
 from omniform.training.engine import resolve_precision
@@ -24,7 +25,7 @@ class Forecast:
 
     Attributes:
         parameters: number by part of the model.
-        active_parameters: how many of them a row goes through; all but the experts of other modalities.
+        active_parameters: how many of them a row goes through; all but the experts that are not its own.
         tokens_per_step: room in the rows of a step; packing fills most of it.
         flops_per_step: of all processes.
         matmul_flops: per second, of one process, measured on this machine.
@@ -82,7 +83,7 @@ def forecast(model: UnifiedModel, config: TrainConfig, world_size: int, *, free_
     head_dim per token for attention (PaLM, arXiv:2204.02311, appendix B), as if every token attended to its whole row
     and had its logits over the whole vocabulary. Memory of the state follows ZeRO (arXiv:1910.02054, section 5); that
     of activations is 34 bytes per token, dimension and layer (arXiv:2205.05198, equation 2, without its attention
-    scores), twice that in fp32.
+    scores), of which 19 are the feed-forward layer's and count once for each expert of a row; twice that in fp32.
 
     Args:
         model: may be on the meta device.
@@ -92,16 +93,19 @@ def forecast(model: UnifiedModel, config: TrainConfig, world_size: int, *, free_
         OmniformError: the disk has no room for two checkpoints.
     """
     decoder = config.model.decoder
+    per_row = decoder.experts.k if isinstance(decoder.experts, TopK) else 1
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     n = sum(parameters.values())
-    experts = [m.experts for m in model.modules() if isinstance(m, ModalityExperts)]
-    active = n - sum(p.numel() for layer in experts for p in layer[1:].parameters())  # all of one size
+    layers = [m for m in model.modules() if isinstance(m, ModalityExperts | TopKExperts)]
+    idle = [expert for layer in layers for expert in list(layer.experts)[layer.n_active :]]  # all of one size
+    active = n - sum(p.numel() for expert in idle for p in expert.parameters())
     precision, stage = resolve_precision(config), config.engine.zero_stage
     tokens_per_step = config.rows_per_step * config.data.row_length
     attention_width = decoder.n_heads * decoder.dim_per_head
     looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     flops_per_token = 6 * (active - looked_up) + 12 * decoder.n_layers * attention_width * config.data.row_length
     micro_tokens = config.engine.micro_batch_rows * config.data.row_length
+    width = 2 if precision == "fp32" else 1
     n_averages = 1 if config.optim.ema_decay is not None else 0
     checkpoint_bytes = 4 * n * (3 + n_averages)
     if free_disk < 2 * checkpoint_bytes:
@@ -118,7 +122,7 @@ def forecast(model: UnifiedModel, config: TrainConfig, world_size: int, *, free_
         steps=config.steps,
         tokens_per_step=tokens_per_step,
         state_bytes=_state_bytes(n, stage, world_size, precision == "bf16", n_averages),
-        activation_bytes=34 * micro_tokens * decoder.dim * decoder.n_layers * (2 if precision == "fp32" else 1),
+        activation_bytes=(15 + 19 * per_row) * micro_tokens * decoder.dim * decoder.n_layers * width,
         flops_per_step=float(flops_per_token * tokens_per_step),
         matmul_flops=_measure_matmul(micro_tokens, decoder.dim, decoder.ffn_dim, bf16=precision != "fp32"),
         checkpoint_bytes=checkpoint_bytes,

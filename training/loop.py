@@ -89,13 +89,14 @@ def fit(task: Task, config: FitConfig, out: Path, *, result: str = "model", prev
                 stop=signals.received is not None,
                 gradient_norms=config.log.gradient_norms and ends_window,
             )
+            figures = task.after_step(engine.sum_over_ranks, skipped=outcome.update.skipped)
             progress = _advance(progress, outcome.update.skipped, outcome.n_tokens)
             log.add(outcome, data_seconds)
             step = progress.step
 
             # An entry of the log is of one stage.
             if ends_window:
-                values = {"lr": lr, "grad_norm": outcome.update.grad_norm, "skipped": progress.n_skipped}
+                values = {"lr": lr, "grad_norm": outcome.update.grad_norm, "skipped": progress.n_skipped, **figures}
                 values |= {f"grad_norm/{term}": norm for term, norm in outcome.gradient_norms.items()}
                 log.write(step, weights, None if stage is None else stage.name, values)
             if progress.n_skipped_in_a_row >= config.optim.skip_limit:

@@ -1,16 +1,17 @@
 """The unified model as a Task of the training loop."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from omniform.data.loader import TrainingData
 from omniform.modeling.folder import save_model_folder
 from omniform.modeling.model import UnifiedModel, corrupt
 from omniform.modeling.sequence import pack
 from omniform.tokenizers.base import Modality
+from omniform.training.expert_balance import balance_experts
 from omniform.training.task import MicroBatch
 
 
@@ -52,6 +53,10 @@ class ModelTask:
             n_tokens = sum(len(sequence) for row in chunk for sequence in row)
             batches.append(MicroBatch(batch, batch.counts, n_tokens))
         return batches
+
+    def after_step(self, sum_over_ranks: Callable[[Tensor], Tensor], *, skipped: bool) -> dict[str, float]:
+        """Even out what the experts of routers get."""
+        return balance_experts(self.model, sum_over_ranks, skipped=skipped)
 
     def position(self, step: int) -> dict[str, Any]:
         """Return where the data stands before `step`."""

@@ -1,11 +1,11 @@
 """What the training loop asks of the thing that is trained. The model and every tokenizer are Tasks of one loop."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,15 @@ class Task(Protocol):
         """Return this rank's micro-batches of `step` (from 0): a pure function of the arguments and the config.
 
         Every rank returns the same number at every step: the engine's accumulation.
+        """
+        ...
+
+    def after_step(self, sum_over_ranks: Callable[[Tensor], Tensor], *, skipped: bool) -> dict[str, float]:
+        """Change in the module what no gradient changes, the same on every rank; return figures for the log.
+
+        Args:
+            sum_over_ranks: returns the sum of a small CPU tensor over ranks; every rank must call it alike.
+            skipped: the step's gradient was not finite, and the weights stayed as they were.
         """
         ...
 

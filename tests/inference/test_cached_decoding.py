@@ -23,7 +23,7 @@ from omniform.inference.engine import Engine
 from omniform.inference.sampling import KeyedDraw
 from omniform.inference.session import Plan, Session
 from omniform.modeling.attention_pattern import AttentionPattern
-from omniform.modeling.config import ModelConfig
+from omniform.modeling.config import ModelConfig, TopK
 from omniform.modeling.generation_config import SamplingSettings
 from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
@@ -61,13 +61,16 @@ def vocabulary() -> Vocabulary:
     return four_modalities()
 
 
-@pytest.fixture(params=["shared", "modality"])
+@pytest.fixture(
+    params=[("shared", "pre"), ("modality", "pre"), (TopK(n=4, k=2), "hybrid")], ids=["shared", "modality", "topk"]
+)
 def model_config(model_config: ModelConfig, request: pytest.FixtureRequest) -> ModelConfig:
+    experts, norm = request.param
     return replace(
         model_config,
-        decoder=replace(model_config.decoder, experts=request.param),
+        decoder=replace(model_config.decoder, experts=experts, norm=norm),
         objectives={**model_config.objectives, "speech": NextToken(), "video": Masked(steps=2)},
-        position_embeddings={} if request.param == "shared" else {"image": 4, "video": 8},
+        position_embeddings={} if experts == "shared" else {"image": 4, "video": 8},
     )
 
 

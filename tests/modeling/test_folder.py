@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from omniform.errors import OmniformError
-from omniform.modeling.config import ModelConfig
+from omniform.modeling.config import ModelConfig, TopK
 from omniform.modeling.folder import (
     LoadedModel,
     ModelFolderError,
@@ -102,12 +102,31 @@ def test_experts_are_stored_and_a_folder_that_does_not_name_them_has_none(
     names = load_model_folder(_save(tmp_path / "experts", with_experts, seed=0)).model.state_dict()
     assert {f"decoder.blocks.1.feed_forward.experts.{number}.up.weight" for number in range(2)} <= names.keys()
     record = json.loads((folder / "config.json").read_text())
-    assert record["model"]["decoder"].pop("experts") == "shared"
+    newer = {"experts": "shared", "norm": "pre", "init": None}
+    assert {key: record["model"]["decoder"].pop(key) for key in newer} == newer
     (folder / "config.json").write_text(json.dumps(record))
     write_manifest(folder)
     older = load_model_folder(folder).model
     assert older.config == model_config
     assert not any("experts" in name for name in older.state_dict())
+
+
+def test_routers_are_stored_with_their_biases(folder: Path, model_config: ModelConfig, tmp_path: Path) -> None:
+    """`folder` registers the tokenizers."""
+    choice = TopK(n=4, k=2, bias_rate=0.1)
+    config = replace(model_config, decoder=replace(model_config.decoder, experts=choice, norm="sub_ln"))
+    tokenizers = {"text": StoredText(50), "image": StoredImage(8)}
+    torch.manual_seed(0)
+    model = UnifiedModel(config, build_vocabulary(tokenizers)).eval()
+    for moves in range(3):
+        model.balance_routers(torch.tensor([[9, 0, 3, 0], [0, moves, 5, 7]]))
+    save_model_folder(tmp_path / "routed", config, model.state_dict(), tokenizers, generation_config={}, card="")
+    loaded = load_model_folder(tmp_path / "routed").model
+    assert loaded.config == config
+    assert loaded.decoder.blocks[0].feed_forward.bias_steps.tolist() == [-3, 3, 0, 3]
+    before = model.state_dict()
+    assert loaded.state_dict().keys() == before.keys()
+    assert all(w.dtype == before[n].dtype and torch.equal(w, before[n]) for n, w in loaded.state_dict().items())
 
 
 def test_a_flipped_bit_anywhere_is_refused_and_the_file_is_named(folder: Path) -> None:

@@ -89,7 +89,9 @@ def test_every_parameter_takes_part_whichever_modality_is_absent(model: UnifiedM
     losses = model(batch)
     assert list(losses) == ["text", "image"]
     assert losses["image"].item() == 0
-    assert batch.counts == {"text": 3.0, "image": 0.0, "next_span": 0.0}
+    n_rows = 1 + 2 + 1  # marker, ids, end; no padding
+    of_routers = {"router_balance": n_rows, "router_z": n_rows}
+    assert batch.counts == {"text": 3.0, "image": 0.0, "next_span": 0.0, **of_routers}
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

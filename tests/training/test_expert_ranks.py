@@ -1,10 +1,11 @@
-"""Experts by modality on two ranks that meet different modalities, against one process that meets them all.
+"""Experts on two ranks that meet different modalities, against one process that meets them all in one pass.
 
 The file is also the program of those ranks: python test_expert_ranks.py OUT STAGE ... writes the weights of each ZeRO
-stage. Even rows of a step hold texts and pictures, odd ones speech, so that each rank lacks what the other one meets,
-and nobody meets videos.
+stage, with experts by modality and with experts that routers choose. Even rows of a step hold texts and pictures, odd
+ones speech, so that each rank lacks what the other one meets, and nobody meets videos.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from omniform.modeling.config import DecoderConfig, ModelConfig
+from omniform.modeling.config import DecoderConfig, ModelConfig, TopK
 from omniform.modeling.model import UnifiedModel, corrupt
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
@@ -24,15 +25,14 @@ from omniform.tokenizers.base import Discrete, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
 from omniform.training.config import EngineConfig, FitConfig, OptimConfig
 from omniform.training.engine import Engine
+from omniform.training.expert_balance import balance_experts
 from omniform.training.step import train_step
 from omniform.training.task import MicroBatch
 
 ROWS, ROW_LENGTH, STEPS = 4, 16, 3
 VOCABULARY = Vocabulary(20, {"image": Discrete(8), "speech": Discrete(6), "video": Discrete(8)}, ["speech"])
-MODEL = ModelConfig(
-    decoder=DecoderConfig(dim=12, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=10, experts="modality"),
-    objectives={"text": NextToken(), "image": Masked(), "speech": NextToken(), "video": Masked()},
-)
+OBJECTIVES = {"text": NextToken(), "image": Masked(), "speech": NextToken(), "video": Masked()}
+KINDS = {"modality": "modality", "topk": TopK(n=5, k=2, balance_weight=0.5, z_weight=0.1, bias_rate=0.01)}
 
 
 def part(modality: str, codes: Sequence[int]) -> Part:
@@ -45,31 +45,42 @@ def row(step: int, place: int) -> MultimodalSequence:
     parts = [part("speech", [first, 1, 2])]
     if place % 2 == 0:
         parts = [part("text", [first, 7, 9]), part("image", [first, 2, 4, 6])]
-    return MultimodalSequence.build(parts, VOCABULARY, MODEL.objectives, key)
+    return MultimodalSequence.build(parts, VOCABULARY, OBJECTIVES, key)
 
 
-def train(stage: int) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Return the weights and the gradients' norms of a few steps on this process's share of the rows."""
+def fresh_model(kind: str) -> UnifiedModel:
+    decoder = DecoderConfig(dim=12, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=10, experts=KINDS[kind])
+    torch.manual_seed(0)
+    return UnifiedModel(ModelConfig(decoder=decoder, objectives=OBJECTIVES), VOCABULARY)
+
+
+def train(kind: str, stage: int, micro_batch_rows: int) -> dict[str, torch.Tensor]:
+    """Return the weights, buffers and figures of a few steps on this process's share of the rows."""
     config = FitConfig(
         name="experts",
         steps=STEPS,
         rows_per_step=ROWS,
         optim=OptimConfig(lr=0.05, ema_decay=None),
-        engine=EngineConfig(zero_stage=stage, precision="fp32", micro_batch_rows=1),
+        engine=EngineConfig(zero_stage=stage, precision="fp32", micro_batch_rows=micro_batch_rows),
     )
-    torch.manual_seed(0)
-    model = UnifiedModel(MODEL, VOCABULARY)
+    model = fresh_model(kind)
     engine = Engine(model, config)
-    norms = []
+    norms, violations = [], []
     for step in range(STEPS):
         batches = []
-        for place in range(engine.rank, ROWS, engine.world_size):
-            batch = corrupt(pack([[row(step, place)]], ROW_LENGTH, VOCABULARY), VOCABULARY, MODEL.objectives)
+        own = [[row(step, place)] for place in range(engine.rank, ROWS, engine.world_size)]
+        for first in range(0, len(own), micro_batch_rows):
+            rows = pack(own[first : first + micro_batch_rows], ROW_LENGTH, VOCABULARY)
+            batch = corrupt(rows, VOCABULARY, OBJECTIVES)
             batches.append(MicroBatch(batch, batch.counts, ROW_LENGTH))
-        norms.append(train_step(engine, model.term_weights, batches, 0.05).update.grad_norm)
-    weights = dict(engine.read())
+        update = train_step(engine, model.term_weights, batches, 0.05).update
+        norms.append(update.grad_norm)
+        figures = balance_experts(model, engine.sum_over_ranks, skipped=update.skipped)
+        violations.append(figures.get("router_violation", 0.0))
+    assert len(set(engine.gather_objects(str(engine.buffers())))) == 1  # the same on every rank
+    weights = {**dict(engine.read()), **{name: buffer.clone() for name, buffer in engine.buffers().items()}}
     engine.close()
-    return weights, norms
+    return {**weights, "norms": torch.tensor(norms), "violations": torch.tensor(violations)}
 
 
 @pytest.fixture(scope="module")
@@ -90,27 +101,36 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one() -> tuple[dict[str, torch.Tensor], list[float]]:
-    return train(0)
+def one() -> dict[str, dict[str, torch.Tensor]]:
+    """By kind, what one process ends with that takes all rows of a step in one pass."""
+    return {kind: train(kind, 0, ROWS) for kind in KINDS}
 
 
 @pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_of_different_modalities_equal_one_process(
-    two: Path, one: tuple[dict[str, torch.Tensor], list[float]], stage: int
+    two: Path, one: dict[str, dict[str, torch.Tensor]], kind: str, stage: int
 ) -> None:
-    both, (expected, norms) = load_file(two / f"z{stage}.safetensors"), one
-    torch.testing.assert_close(both.pop("norms"), torch.tensor(norms), rtol=1e-4, atol=0)
+    both, expected = load_file(two / f"{kind}-z{stage}.safetensors"), one[kind]
     assert both.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(both[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_the_expert_of_a_modality_that_nobody_meets_only_decays(
-    one: tuple[dict[str, torch.Tensor], list[float]],
-) -> None:
-    torch.manual_seed(0)
-    before = dict(UnifiedModel(MODEL, VOCABULARY).named_parameters())
-    for name, weight in one[0].items():
+def test_routers_were_told_of_all_ranks(one: dict[str, dict[str, torch.Tensor]]) -> None:
+    """The last step's rows, each through two experts, and biases that moved at most once a step."""
+    rows = sum(len(row(STEPS - 1, place)) for place in range(ROWS))
+    for block in range(2):
+        assert int(one["topk"][f"decoder.blocks.{block}.feed_forward.load"].sum()) == 2 * rows
+        moves = one["topk"][f"decoder.blocks.{block}.feed_forward.bias_steps"].abs()
+        assert 0 < int(moves.max()) <= STEPS
+    assert (one["topk"]["violations"] > 0).all()
+    assert (one["topk"]["violations"] <= 5 / 2 - 1).all()
+
+
+def test_the_expert_of_a_modality_that_nobody_meets_only_decays(one: dict[str, dict[str, torch.Tensor]]) -> None:
+    before = dict(fresh_model("modality").named_parameters())
+    for name, weight in one["modality"].items():
         if "feed_forward" in name:
             ratio = weight / before[name].detach()
             absent = f"experts.{VOCABULARY.place_of('video')}" in name
@@ -120,7 +140,7 @@ def test_the_expert_of_a_modality_that_nobody_meets_only_decays(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for stage in map(int, sys.argv[2:]):
-        weights, norms = train(stage)
+    for stage, kind in itertools.product(map(int, sys.argv[2:]), KINDS):
+        state = train(kind, stage, 1)
         if torch.distributed.get_rank() == 0:
-            save_file({**weights, "norms": torch.tensor(norms)}, Path(sys.argv[1]) / f"z{stage}.safetensors")
+            save_file(state, Path(sys.argv[1]) / f"{kind}-z{stage}.safetensors")

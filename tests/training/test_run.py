@@ -11,58 +11,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import omniform
-from omniform.data.digits import build_digits
 from omniform.errors import OmniformError
 from omniform.modeling.config import parse_config
 from omniform.modeling.folder import LoadedModel
 from omniform.modeling.model import UnifiedModel
-from omniform.tokenizers.image import ImageTokenizer, ImageTokenizerConfig
+from omniform.tokenizers.image import ImageTokenizer
 from omniform.tokenizers.vocabulary import Vocabulary
 from omniform.training.config import FitConfig, TrainConfig
 from omniform.training.forecast import forecast
 from omniform.training.run import model_card, train
 from omniform.training.run_folder import LOCK, RunFolderError, open_run_folder
-from omniform.training.tokenizer_task import train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    build_digits(folder / "data", copies=1, media=False)
-    text = {"kind": "sentencepiece", "name": "text", "data": [f"{folder}/data/train-text"], "vocab_size": 300}
-    (folder / "text.yaml").write_text(yaml.safe_dump(text))
-    text_folder = train_tokenizer(folder / "text.yaml", out=folder / "text")
-    torch.manual_seed(0)
-    image_config = ImageTokenizerConfig(channels=1, image_size=16, widths=(8, 8))
-    ImageTokenizer(image_config, image_config.build()).save(folder / "image")
-    config = {
-        "name": "tiny",
-        "steps": 4,
-        "rows_per_step": 4,
-        "model": {
-            "decoder": {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "ffn_dim": 48},
-            "objectives": {"text": "next_token", "image": "masked"},
-        },
-        "tokenizers": {"text": str(text_folder), "image": f"{folder}/image"},
-        "data": {
-            "row_length": 96,
-            "sources": [
-                {"path": f"{folder}/data/train", "tasks": {"text->image": 1.0, "image->text": 1.0}},
-                {"path": f"{folder}/data/train-text", "tasks": {"text->text": 1.0}, "weight": 0.2},
-            ],
-        },
-        "generation": {"image": {"guidance_scale": 2.0}},
-        "engine": {"precision": "fp32", "micro_batch_rows": 2},
-        "cache_dir": f"{folder}/tokens",
-        "log": {"every": 1, "samples_every": 2},
-        "checkpoint": {"every": 2},
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    return folder / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +73,38 @@ def test_continued_run_has_the_same_end(config_file: Path, trained: tuple[Path, 
     train(config_file, out=tmp_path)
     for name in ("model/model.safetensors", "checkpoints/step-4/weights.safetensors"):
         assert (tmp_path / name).read_bytes() == (trained[0] / name).read_bytes()
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_a_run_with_routers_resumes_to_the_bit_and_reports_their_violation(
+    config_file: Path, tmp_path: Path, stage: int, precision: str
+) -> None:
+    experts = "{kind: topk, n: 4, k: 2, z_weight: 0.001, bias_rate: 0.001}"
+    overrides = [f"model.decoder.experts={experts}", "checkpoint.every=1"]
+    overrides += [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+    train(config_file, overrides, tmp_path / "never")
+    entries = [json.loads(line) for line in (tmp_path / "never" / "log.jsonl").read_text().splitlines()]
+    for entry in entries:
+        assert 0 <= entry["router_violation"] <= 1  # of 4 experts, 2 for each row
+        assert entry["loss/router_z"] > 0
+    assert entries[0]["loss/router_balance"] == pytest.approx(1)  # no load is known before the first step
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(model: LoadedModel, folder: Path) -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(config_file, overrides, tmp_path / "stopped", preview=interrupt)
+    stopped = load_file(tmp_path / "stopped" / "checkpoints" / "step-2" / "weights.safetensors")
+    for buffer in ("load", "bias_steps"):
+        assert any(name.endswith(buffer) and value.any() for name, value in stopped.items())
+    train(config_file, overrides, tmp_path / "stopped")
+    for name in ("model/model.safetensors", "checkpoints/step-4/weights.safetensors"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "never" / name).read_bytes()
+    model = omniform.load(tmp_path / "never" / "model")
+    assert model.generate("a seven", to="image", seed=0).images
 
 
 STAGES = [
@@ -232,42 +224,6 @@ def test_dry_run_writes_nothing_and_counts_what_is_built(
     assert figures.checkpoint_bytes <= stored < figures.checkpoint_bytes + 40_000
     with pytest.raises(OmniformError, match="two checkpoints take"):
         forecast(model, config, 1, free_disk=figures.checkpoint_bytes)
-
-
-def test_forecast_flops_are_those_that_torch_counts(config_file: Path, trained: tuple[Path, list]) -> None:
-    network: UnifiedModel = omniform.load(trained[0] / "model").network
-    config = parse_config(TrainConfig, config_file.read_text())
-    tokens = config.data.row_length - 1  # text_logits adds the begin marker
-    # The counter knows matrix products, so attention must be made of them.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network.text_logits(torch.zeros(1, tokens, dtype=torch.int64)).sum().backward()
-    counted = counter.get_total_flops()
-    # Heads of other modalities are not run here, and the forecast counts every id of the vocabulary in its head.
-    unused = 6 * 32 * (network.vocabulary.size - network.vocabulary.text_size) * config.data.row_length
-    figures = forecast(network, config, 1, free_disk=10**12)
-    per_row = figures.flops_per_step / config.rows_per_step
-    assert per_row - unused == pytest.approx(counted, rel=0.05)
-
-
-def test_forecast_holds_the_experts_of_every_modality_and_runs_one_per_row(
-    config_file: Path, trained: tuple[Path, list]
-) -> None:
-    vocabulary, figures = omniform.load(trained[0] / "model").network.vocabulary, []
-    for kind in ("shared", "modality"):
-        config = parse_config(TrainConfig, config_file.read_text(), [f"model.decoder.experts={kind}"])
-        with torch.device("meta"):
-            model = UnifiedModel(config.model, vocabulary)
-        figures.append(forecast(model, config, 1, free_disk=10**12))
-    shared, experts = figures
-    decoder = config.model.decoder
-    feed_forward = 3 * decoder.dim * decoder.ffn_dim * decoder.n_layers
-    n_shared = sum(shared.parameters.values())
-    assert sum(experts.parameters.values()) == n_shared + (len(vocabulary.names) - 1) * feed_forward
-    assert experts.active_parameters == shared.active_parameters == n_shared
-    assert experts.flops_per_step == shared.flops_per_step
-    assert experts.checkpoint_bytes > shared.checkpoint_bytes
-    assert f"{n_shared:,} of them active in a row" in experts.text(1)
-    assert "active" not in shared.text(1)
 
 
 @pytest.mark.parametrize(

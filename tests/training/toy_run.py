@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -83,6 +83,9 @@ class Toy:
         labelled = torch.tensor([row % 4 == 0 and step % 2 == 0 for row in rows])
         inputs = {"x": x, "value": x.sum(1).sin(), "label": (x.argmax(1) % 3), "labelled": labelled}
         return MicroBatch(inputs, {"value": len(rows), "label": float(labelled.sum())}, 5 * len(rows))
+
+    def after_step(self, sum_over_ranks: Callable[[Tensor], Tensor], *, skipped: bool) -> dict[str, float]:
+        return {}
 
     def position(self, step: int) -> dict:
         return {"step": step}
