@@ -84,15 +84,19 @@ class Engine:
                 cache.forget(place)
                 branch.stale = False
         rows: list[MultimodalSequence | None]
-        rows = [branch.pending() if session.span else None for session in sessions for branch in session.branches]
-        self._forward(branches, rows, cache, commit=True)
-        begin_id = vocabulary.begin(modality)
         while any(session.span for session in sessions):
+            # What stands before the span; later the blocks of it that are done, of objectives that have blocks.
+            rows = [branch.pending() if session.span else None for session in sessions for branch in session.branches]
+            self._forward(branches, rows, cache, commit=True)
             rows = []
             for session in sessions:
                 for branch in session.branches:
                     span = session.span
-                    rows.append(branch.step_rows(objective.inputs(span.state, begin_id)) if span else None)
+                    if span:
+                        begin_id = vocabulary.begin(modality, span.opening)
+                        rows.append(branch.step_rows(objective.inputs(span.state, begin_id)))
+                    else:
+                        rows.append(None)
             hidden = self._forward(branches, rows, cache, commit=objective.commits)
             logits = iter(self._logits(hidden, rows, modality))
             steps = []

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,11 @@ class LoadedModel:
         return self.model.vocabulary
 
 
-def build_vocabulary(tokenizers: Mapping[str, Modality]) -> Vocabulary:
+def build_vocabulary(tokenizers: Mapping[str, Modality], modes: Collection[str] = ()) -> Vocabulary:
     """Return the id space of a set of tokenizers: text, then the others in the order given.
+
+    Args:
+        modes: of the model's denoisers.
 
     Raises:
         ModelFolderError: there is no text tokenizer, or one is not discrete.
@@ -69,7 +72,7 @@ def build_vocabulary(tokenizers: Mapping[str, Modality]) -> Vocabulary:
     if "text" not in sizes:
         raise ModelFolderError(f"tokenizers are {[*tokenizers]}, expected one of text among them")
     text_size = sizes.pop("text").vocab_size
-    return Vocabulary(text_size, sizes, [name for name in sizes if tokenizers[name].fixed_grid is None])
+    return Vocabulary(text_size, sizes, [name for name in sizes if tokenizers[name].fixed_grid is None], modes)
 
 
 def check_position_embeddings(config: ModelConfig, tokenizers: Mapping[str, Modality]) -> None:
@@ -122,7 +125,7 @@ def save_model_folder(
         "tokenizers": digests,
     }
     _write_json(draft / "config.json", record)
-    _write_json(draft / "vocabulary.json", build_vocabulary(tokenizers).to_json())
+    _write_json(draft / "vocabulary.json", build_vocabulary(tokenizers, config.modes).to_json())
     _write_json(draft / "generation_config.json", dict(generation_config))
     save_tensors(
         {name: w.detach().float().contiguous().cpu() for name, w in weights.items()}, draft / "model.safetensors"
@@ -168,11 +171,12 @@ def load_model_folder(folder: Path) -> LoadedModel:
     config = parse_config(ModelConfig, json.dumps(record["model"]), source=str(folder / "config.json"))
     tokenizers = {name: load_modality(folder / "tokenizers" / name) for name in record["tokenizers"]}
     vocabulary = Vocabulary.from_json(_read_json(folder / "vocabulary.json"))
-    if vocabulary != build_vocabulary(tokenizers):
+    expected = build_vocabulary(tokenizers, config.modes)
+    if vocabulary != expected:
         raise ModelFolderError(
             f"{folder / 'vocabulary.json'} hashes to {vocabulary.digest()[:12]}, but the tokenizers beside it make "
-            f"{build_vocabulary(tokenizers).digest()[:12]}: weights and tokenizers are not of one model; take the "
-            "folder again from where it was saved"
+            f"{expected.digest()[:12]}: weights and tokenizers are not of one model; take the folder again from where "
+            "it was saved"
         )
     for name, digest in record["tokenizers"].items():
         if folder_digest(folder / "tokenizers" / name) != digest:

@@ -117,7 +117,8 @@ class UnifiedModel(nn.Module):
     """One decoder over every modality of a vocabulary.
 
     Raises:
-        ConfigError: a modality of the vocabulary has no objective, or an objective no modality.
+        ConfigError: a modality of the vocabulary has no objective, or an objective no modality; or an objective with
+            blocks is for spans of one length.
     """
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
@@ -132,6 +133,12 @@ class UnifiedModel(nn.Module):
                 f"model.position_embeddings is for {sorted(unknown)} too, but the tokenizers are for "
                 f"{sorted(vocabulary.names)}: name modalities of the model"
             )
+        for name, objective in config.objectives.items():
+            if objective.block_size is not None and vocabulary.end_of(name) is None:
+                raise ConfigError(
+                    f"model.objectives.{name}.block_size is {objective.block_size}, but all spans of {name} have one "
+                    "length: leave it out; blocks are for spans that end themselves"
+                )
         self.config, self.vocabulary = config, vocabulary
         self.interface = DiscreteInterface(vocabulary.size, config.decoder.dim)
         sizes = {vocabulary.place_of(name): size for name, size in config.position_embeddings.items()}
@@ -201,7 +208,14 @@ class UnifiedModel(nn.Module):
 
         Raises:
             VocabularyError: an id is not of the text tokenizer.
+            ConfigError: the model's text is not causal.
         """
+        objective = self.config.objectives["text"]
+        if objective.bidirectional:
+            raise ConfigError(
+                f"this model learnt text as {objective.kind}, in both directions: it has no next-token logits; "
+                "generate text instead, or train with model.objectives.text: next_token"
+            )
         text_ids = self.vocabulary.to_ids("text", token_ids)
         begin = torch.full_like(text_ids[:, :1], self.vocabulary.begin("text"))
         rows = torch.cat([begin, text_ids], dim=1)

@@ -85,9 +85,11 @@ class SpanState:
 
     Attributes:
         token_ids: contents so far; in masked spans the mask id stands where nothing is decided yet.
-        step: number of steps done.
-        n_steps: number of steps in all; for spans that end themselves the largest number allowed.
+        step: number of steps done; of those of the block that is open, where there are blocks.
+        n_steps: number of steps in all, or of that block; for spans that end themselves the largest number allowed.
         done: nothing is left to do.
+        n_final: leading contents that no later step changes, so that their rows may stay in the cache; only of
+            objectives with blocks.
         kept: in an edited span the contents that stay, and the mask id where a new one is wanted; None if all are new.
         confidence: log-probability at which each content was decided, for objectives that may take a decision back.
     """
@@ -96,6 +98,7 @@ class SpanState:
     step: int
     n_steps: int
     done: bool = False
+    n_final: int = 0
     kept: Int[Tensor, "K"] | None = None
     confidence: Float[Tensor, "N"] | None = None
 
@@ -109,10 +112,15 @@ class Objective(ABC):
         corrupts: training replaces contents, so that what follows needs a clean copy of the span.
         shift: the prediction of a content row is read from the row at this offset from it: -1 or 0.
         commits: every row that a step forwards is final and stays in the cache.
+
+    Attributes:
+        block_size: spans are cut into blocks of so many contents, each learnt and produced from those before it; the
+            last one that is learnt is filled up with ends. None for spans that are one block.
     """
 
     kind: Any
     weight: float
+    block_size: int | None = None
     bidirectional: ClassVar[bool]
     corrupts: ClassVar[bool]
     shift: ClassVar[int]
