@@ -34,13 +34,13 @@ def _build_kind(value: object, what: str, kinds: Mapping[str, type]) -> object:
         value = {"kind": value}
     if not isinstance(value, Mapping):
         raise ValueError(f"expected a mapping with `kind`, one of {sorted(kinds)}, not {value!r}")
-    kind = value.get("kind")
-    if kind not in kinds:
-        raise ValueError(f"{what} kind is {kind!r}, expected one of {sorted(kinds)}")
+    kind = kinds.get(value.get("kind", ""))
+    if kind is None:
+        raise ValueError(f"{what} kind is {value.get('kind')!r}, expected one of {sorted(kinds)}")
     try:
-        return TypeAdapter(kinds[kind]).validate_python(dict(value))
+        return TypeAdapter(kind).validate_python(dict(value))
     except ValidationError as error:
-        raise ValueError("\n".join(f".{line}" for line in _describe(error, kinds[kind]))) from error
+        raise ValueError("\n".join(f".{line}" for line in _describe(error, kind))) from error
 
 
 def _dump_kind(value: object) -> dict[str, Any]:

@@ -212,15 +212,15 @@ class MultimodalSequence:
             blocks.append((1, number, modality_id, part.prefix, False))
             row, position = row + 1, position + 1
             content_positions = grid_positions(grid, most, position)
-            for first, stop, learnt, private in stretches:
+            for first, stop, learnt, unread in stretches:
                 n_rows, number = stop - first, number + (not part.prefix)
                 ids.append(contents[first:stop])
                 span_positions.append(np.arange(first + 1, stop + 1))
                 positions.append(content_positions[first:stop])
-                blocks.append((n_rows, number, modality_id, part.prefix or objective.bidirectional, private))
+                blocks.append((n_rows, number, modality_id, part.prefix or objective.bidirectional, unread))
                 role = Role.TARGET if learnt else Role.CONTEXT
                 own_grid = (n_rows,) if objective.block_size else grid
-                spans.append(Span(part.modality, row, n_rows, own_grid, role, private))
+                spans.append(Span(part.modality, row, n_rows, own_grid, role, unread))
                 row += n_rows
             position += span_extent(grid, length)
             if learn_order:

@@ -202,13 +202,14 @@ class Masked(Objective):
         token_ids = token_ids.masked_scatter(masked, choice + first_id).masked_fill(remask, mask_id)
         before, after = slice(0, block.start), slice(block.stop, None)
         all_ids = torch.cat([state.token_ids[before], token_ids, state.token_ids[after]])
-        all_confidence = torch.cat([state.confidence[before], confidence, state.confidence[after]])
-        changed = replace(state, token_ids=all_ids, step=state.step + 1, confidence=all_confidence)
+        confidence = torch.cat([state.confidence[before], confidence, state.confidence[after]])
+        changed = replace(state, token_ids=all_ids, step=state.step + 1, confidence=confidence)
         if remask.any():
             return changed
         ended = self.block_size is not None and end_id is not None and bool((token_ids == end_id).any())
         if ended or block.stop == len(all_ids):
-            return replace(changed, token_ids=all_ids[: block.stop], done=True)
+            stop = block.stop
+            return replace(changed, token_ids=all_ids[:stop], done=True, confidence=confidence[:stop])
         return replace(changed, n_final=block.stop, step=0, n_steps=min(state.n_steps, len(all_ids) - block.stop))
 
 

@@ -76,7 +76,8 @@ def test_a_batch_of_fillings_replies_as_its_prompts_alone(omni: Model) -> None:
         together = model.generate_batch(["a", [], "seven"], seed=[1, 2, 3], **keywords)
         alone = [model.generate(p, seed=s, **keywords) for p, s in zip(["a", [], "seven"], [1, 2, 3], strict=True)]
         assert [reply.text for reply in together] == [reply.text for reply in alone]
-    assert model.generate("a", seed=1).text == omni.generate("a", seed=1, max_new_tokens=128).text
+    # Without a gap to fill the same weights reply as ever.
+    assert model.generate("a", seed=1, max_new_tokens=9).text == omni.generate("a", seed=1, max_new_tokens=9).text
 
 
 @pytest.mark.parametrize(
@@ -105,12 +106,12 @@ def test_a_model_without_modes_says_so(omni: Model) -> None:
             omni.generate("a", **keywords)
 
 
-TEXTS = ("the cat sat on the mat", "one two three four five", "a bird in the hand")
+TEXTS = ("one big dust", "half a cup", "my few kings")
 
 
 def test_what_was_learnt_is_filled_in(omni: Model) -> None:
-    """Texts learnt by heart in three modes: their ends follow their beginnings, their middles stand between the two."""
-    denoisers: dict[str, Denoiser] = {"r": Spans(rate=0.3), "s": Prefix(), "fill": Middle()}
+    """Texts learnt by heart in two modes: their ends follow their beginnings, their middles stand between the two."""
+    denoisers: dict[str, Denoiser] = {"s": Prefix(), "fill": Middle(given="causal")}
     decoder = DecoderConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=128, rope_theta=100.0)
     config = ModelConfig(decoder=decoder, objectives=omni.network.config.objectives, denoisers=denoisers)
     torch.manual_seed(0)
@@ -120,7 +121,7 @@ def test_what_was_learnt_is_filled_in(omni: Model) -> None:
     for step in range(250):
         sequences = [
             MultimodalSequence.build(d.parts("text", codes(text), mode, 1000 * step + number), vocabulary, objectives)
-            for number, text in enumerate(TEXTS)
+            for number, text in enumerate(TEXTS * 2)
             for mode, d in denoisers.items()
         ]
         batch = corrupt(pack([[s] for s in sequences], max(map(len, sequences)), vocabulary), vocabulary, objectives)
@@ -130,6 +131,6 @@ def test_what_was_learnt_is_filled_in(omni: Model) -> None:
         optimizer.step()
     model = Model(LoadedModel(network.eval(), omni.tokenizers, {}))
     for text in TEXTS:
-        for cut in (5, 9):
+        for cut in (3, 6):
             assert model.generate(text[:cut], mode="s", temperature=0).text == text[cut:]
-            assert model.generate(text[:cut], suffix=text[cut + 4 :], temperature=0).text == text[cut : cut + 4]
+            assert model.generate(text[:cut], suffix=text[cut + 3 :], temperature=0).text == text[cut : cut + 3]
