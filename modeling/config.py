@@ -26,9 +26,9 @@ class ConfigError(OmniformError):
     """A configuration that cannot be used; the message names each key's path."""
 
 
-def _build_kind(value: object, what: str, kinds: Mapping[str, type]) -> object:
-    """Build what `kind` says, one of `kinds`, from a mapping of its settings or from its name alone."""
-    if isinstance(value, tuple(kinds.values())):
+def _build_kind(value: object, base: type, kinds: Mapping[str, type]) -> object:
+    """Build the `base` that `kind` says, one of `kinds`, from a mapping of its settings or from its name alone."""
+    if isinstance(value, base):
         return value
     if isinstance(value, str):
         value = {"kind": value}
@@ -36,6 +36,7 @@ def _build_kind(value: object, what: str, kinds: Mapping[str, type]) -> object:
         raise ValueError(f"expected a mapping with `kind`, one of {sorted(kinds)}, not {value!r}")
     kind = kinds.get(value.get("kind", ""))
     if kind is None:
+        what = base.__name__.lower()
         raise ValueError(f"{what} kind is {value.get('kind')!r}, expected one of {sorted(kinds)}")
     try:
         return TypeAdapter(kind).validate_python(dict(value))
@@ -48,10 +49,10 @@ def _dump_kind(value: object) -> dict[str, Any]:
 
 
 AnyObjective = Annotated[
-    Objective, PlainValidator(lambda value: _build_kind(value, "objective", OBJECTIVES)), PlainSerializer(_dump_kind)
+    Objective, PlainValidator(lambda value: _build_kind(value, Objective, OBJECTIVES)), PlainSerializer(_dump_kind)
 ]
 AnyDenoiser = Annotated[
-    Denoiser, PlainValidator(lambda value: _build_kind(value, "denoiser", DENOISERS)), PlainSerializer(_dump_kind)
+    Denoiser, PlainValidator(lambda value: _build_kind(value, Denoiser, DENOISERS)), PlainSerializer(_dump_kind)
 ]
 
 
