@@ -29,6 +29,9 @@ class OracleDraw:
         noise = torch.rand(len(candidates), generator=self.generator).masked_fill(~candidates, 2)
         return self.smallest(noise, count)
 
+    def above(self, scores: torch.Tensor, bound: float) -> torch.Tensor:
+        return scores > bound
+
     def smallest(self, scores: torch.Tensor, count: int) -> torch.Tensor:
         order = sorted(range(len(scores)), key=lambda place: float(scores[place]))
         return torch.tensor([place in order[:count] for place in range(len(scores))], dtype=torch.bool)

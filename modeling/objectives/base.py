@@ -74,6 +74,10 @@ class Draw(Protocol):
         """Return which `count` scores are the smallest; of equal ones the first."""
         ...
 
+    def above(self, scores: Float[Tensor, "N"], bound: float) -> Bool[Tensor, "N"]:
+        """Return which scores are larger than `bound`."""
+        ...
+
     def subset(self, candidates: Bool[Tensor, "N"], count: int, step: int) -> Bool[Tensor, "N"]:
         """Return a random subset of `count` of the candidates."""
         ...

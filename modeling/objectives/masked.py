@@ -192,7 +192,7 @@ class Masked(Objective):
         confidence = state.confidence[block].masked_scatter(masked, log_probability.double())
         candidates = wanted if self.remask else masked
         if self.threshold is not None:
-            candidates = candidates & (confidence <= math.log(self.threshold))
+            candidates = candidates & ~draw.above(confidence, math.log(self.threshold))
         n_left = min(n_left, n_masked - 1, int(candidates.sum()))
         if self.order == "random":
             remask = draw.subset(candidates, n_left, state.step)
