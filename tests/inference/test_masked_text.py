@@ -10,6 +10,7 @@ from span_oracle import OracleDraw
 
 from omniform.inference.generate import Model
 from omniform.inference.protocol import Done, TextDelta
+from omniform.modeling.attention_pattern import AttentionPattern
 from omniform.modeling.config import DecoderConfig, ModelConfig
 from omniform.modeling.folder import LoadedModel, build_vocabulary
 from omniform.modeling.model import UnifiedModel, corrupt
@@ -41,7 +42,7 @@ def masked_text(omni: Model, ends: float = 2.0, **changes: Any) -> Model:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("length", [8, 11])
 def test_cached_blocks_are_those_that_whole_documents_give(omni: Model, seed: int, length: int) -> None:
-    """Every step again as one pass over all rows, without a cache."""
+    """Every step again as one pass over all rows so far, without a cache."""
     model = masked_text(omni, ends=0.0, choice_temperature=0.0)
     network, vocabulary, prompt = model.network, model.network.vocabulary, f"prompt {seed}"
     reply = model.generate(prompt, temperature=0, max_new_tokens=length)
@@ -54,9 +55,17 @@ def test_cached_blocks_are_those_that_whole_documents_give(omni: Model, seed: in
         stop = first + state.n_final + len(inputs)
         layout.token_ids[first:stop] = torch.cat([state.token_ids[: state.n_final], inputs]).numpy()
         batch = pack([[layout]], len(layout), vocabulary)
+        # Rows behind are later blocks, and the end, which a last block that is shorter has not got.
+        arrays = (
+            batch.pattern.document_ids,
+            batch.pattern.block_ids,
+            batch.pattern.bidirectional,
+            batch.pattern.private,
+        )
+        pattern = AttentionPattern(*(array[:, :stop] for array in arrays))
         with torch.inference_mode():
             rows = (batch.token_ids, batch.modality_ids, batch.span_positions, batch.position_ids)
-            hidden = network.hidden(*rows, batch.pattern)[0, stop - len(inputs) : stop]
+            hidden = network.hidden(*(array[:, :stop] for array in rows), pattern)[0, stop - len(inputs) :]
             logits = network.logits(hidden, vocabulary.target_range("text"))
         state = objective.step(state, logits, 0, vocabulary.end, vocabulary.mask, draw)
     assert len(state.token_ids) == length
