@@ -202,7 +202,7 @@ def check_tasks(source: Source, tasks: Iterable[str]) -> None:
     repeated = source.repeated if isinstance(source, JoinedSource) else frozenset()
     for task in tasks:
         given, learnt = modalities_of(task)
-        named = set(given) | set(learnt) if given else repeated
+        named = set(given) | set(learnt) if learnt else repeated
         if (twice := sorted(named & repeated)) and (not given or twice != [given[0]] or learnt[-1] != given[0]):
             raise DataError(
                 f"{source.folder}: the task {task} would take {' and '.join(twice)} of several folders for one "

@@ -20,13 +20,27 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from jaxtyping import Int
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from omniform.data.joined_source import check_tasks, open_sources
-from omniform.data.mixture import INTERLEAVED, WINDOW, DataConfig, DataStage, Draws, Mixture, arrange, modalities_of
+from omniform.data.mixture import (
+    INTERLEAVED,
+    WINDOW,
+    DataConfig,
+    DataStage,
+    Draws,
+    Mixture,
+    arrange,
+    denoised,
+    modalities_of,
+)
 from omniform.data.packing import first_fit
 from omniform.data.schema import DataError
 from omniform.data.tally import Tally
+from omniform.modeling.denoisers import Denoiser
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.sequence import MultimodalSequence, Part, Role, document_length
 from omniform.tokenizers.base import Modality
@@ -82,10 +96,12 @@ class TrainingData:
         encoding_workers: processes that encode what it lacks.
         rows_per_step: rows of one optimizer step over all processes.
         stages: ascending from step 0, with the sources of `config` under other weights and tasks.
+        denoisers: by name, those of the tasks X~NAME; their modes are in the vocabulary.
 
     Raises:
-        DataError: a source that cannot be read, a task that no sample serves or that is ambiguous, a weight too small
-            to be drawn in any stage, or a document longer than a row.
+        DataError: a source that cannot be read, a task that no sample serves or that is ambiguous, a task of a denoiser
+            that is not there or for a modality that is not learnt token by token, a weight too small to be drawn in
+            any stage, or a document longer than a row.
     """
 
     def __init__(
@@ -100,14 +116,16 @@ class TrainingData:
         encoding_workers: int = 1,
         rows_per_step: int,
         stages: Sequence[DataStage] = (),
+        denoisers: Mapping[str, Denoiser] | None = None,
     ) -> None:
         self.config, self.rows_per_step, self.seed = config, rows_per_step, seed
         self.stages = tuple(stages) or (DataStage(0, config),)
-        self._vocabulary, self._objectives = vocabulary, objectives
+        self._vocabulary, self._objectives, self._denoisers = vocabulary, objectives, denoisers or {}
         for stage in self.stages:
             for source in stage.config.sources:
                 for task in source.tasks:
                     _check_modalities(source.path, task, tokenizers)
+                    self._check_denoiser(source.path, task)
         self.sources = open_sources(config.sources, tokenizers, cache_dir, encoding_workers)
         for stage in self.stages:
             for opened, source in zip(self.sources, stage.config.sources, strict=True):
@@ -124,6 +142,8 @@ class TrainingData:
         content = [_settings(config), [s.digest for s in self.sources], seed, WINDOW, vocabulary.digest(), kinds]
         if stages:
             content.append([[stage.first_step, _settings(stage.config)] for stage in self.stages])
+        if denoisers:
+            content.append({name: TypeAdapter(type(d)).dump_python(d, mode="json") for name, d in denoisers.items()})
         self.digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -240,25 +260,50 @@ class TrainingData:
 
     def _length(self, task: str, spans: tuple[tuple[str, int], ...], unconditional: bool) -> int:
         used = arrange(task, [modality for modality, _ in spans])
+        if denoised(task):
+            # Where the cuts are depends on the draw, how many rows there are does not: any key tells.
+            codes = [torch.zeros(spans[place][1], dtype=torch.int64) for place, _ in used]
+            cut = [part for one in codes for part in self._cut(task, one, 0)]
+            described = [(part.modality, len(part.tokens.codes), part.role) for part in cut]
+            return document_length(described, self._vocabulary, self._objectives)
         parts = [(*spans[place], role) for place, role in used if role is Role.TARGET or not unconditional]
         return document_length(parts, self._vocabulary, self._objectives, learn_order=task == INTERLEAVED)
 
     def _build(self, config: DataConfig, draws: Draws, draw: int) -> MultimodalSequence:
         place, sample = draws.source[draw], int(draws.sample[draw])
         source, task = self.sources[place], list(config.sources[place].tasks)[draws.task[draw]]
-        spans = source.spans(sample)
+        spans, key = source.spans(sample), int(draws.noise_key[draw])
+        used = arrange(task, [modality for modality, _ in spans])
         parts = [
             Part(spans[span][0], source.tokens(sample, span), role)
-            for span, role in arrange(task, [modality for modality, _ in spans])
+            for span, role in used
             if role is Role.TARGET or not draws.unconditional[draw]
         ]
-        return MultimodalSequence.build(
-            parts,
-            self._vocabulary,
-            self._objectives,
-            int(draws.noise_key[draw]),
-            learn_order=task == INTERLEAVED,
-        )
+        if denoised(task):
+            parts = self._cut(task, parts[0].tokens.codes, key)
+        return MultimodalSequence.build(parts, self._vocabulary, self._objectives, key, learn_order=task == INTERLEAVED)
+
+    def _cut(self, task: str, codes: Int[Tensor, "N"], key: int) -> list[Part]:
+        """Return the parts of a span as the task's denoiser cuts it."""
+        found = denoised(task)
+        assert found is not None
+        modality, name = found
+        return self._denoisers[name].parts(modality, codes, self._denoisers[name].mode or name, key)
+
+    def _check_denoiser(self, path: Path, task: str) -> None:
+        if (found := denoised(task)) is None:
+            return
+        modality, name = found
+        if name not in self._denoisers:
+            there = ", ".join(self._denoisers) or "none"
+            raise DataError(f"{path}: task {task} needs model.denoisers.{name}; there is {there}: name one, or add it")
+        objective = self._objectives[modality]
+        if not objective.commits or self._vocabulary.end_of(modality) is None:
+            how = "spans of one length" if self._vocabulary.end_of(modality) is None else objective.kind
+            raise DataError(
+                f"{path}: task {task} fills gaps token by token, but model.objectives.{modality} is for {how}: "
+                "expected next_token and spans that end themselves, as those of text"
+            )
 
 
 def _check_modalities(path: Path, task: str, tokenizers: Mapping[str, Modality]) -> None:

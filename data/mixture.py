@@ -51,7 +51,8 @@ class SourceConfig:
         tasks: relative weight by task. "X->Y" gives the spans of modality X and learns those of Y, each in the sample's
             order; "X->X" gives the first and learns the last, "X->Y+X" those of Y before that; "W+X->Y+Z" gives and
             learns several, in the order named. "interleaved" gives nothing and learns every span in the sample's
-            order, from all that stands before it, and what follows each.
+            order, from all that stands before it, and what follows each. "X~NAME" cuts the first span of modality X
+            as the model's denoiser NAME says, and learns its gaps.
     """
 
     path: Path
@@ -94,12 +95,13 @@ def _check_tasks(tasks: Mapping[str, float]) -> None:
     for task, weight in tasks.items():
         if not 0 < weight < float("inf"):
             raise ValueError(f"tasks.{task} has the weight {weight}, expected more than 0: leave out what is unused")
-        if task == INTERLEAVED:
+        if task == INTERLEAVED or denoised(task):
             continue
         given, learnt = modalities_of(task)
         if not given or not learnt or not all(name.isidentifier() for name in (*given, *learnt)):
             raise ValueError(
-                f"task {task!r}, expected modalities such as text->image or text+image->speech, or {INTERLEAVED}"
+                f"task {task!r}, expected modalities such as text->image or text+image->speech, or a modality and a "
+                f"denoiser such as text~NAME, or {INTERLEAVED}"
             )
         if len(set(given)) < len(given) or len(set(learnt)) < len(learnt):
             raise ValueError(f"task {task!r} names a modality twice on one side")
@@ -161,15 +163,28 @@ class DataStage:
 
 
 def modalities_of(task: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what a task gives and what it learns, in order; nothing for one that is about every span."""
+    """Return what a task gives and what it learns, in order; nothing for one that is about every span.
+
+    A task that denoises a modality gives nothing, as far as whole spans go.
+    """
+    if cut := denoised(task):
+        return (), cut[:1]
     given, separator, learnt = task.partition("->")
     return (tuple(given.split("+")), tuple(learnt.split("+"))) if separator else ((), ())
+
+
+def denoised(task: str) -> tuple[str, str] | None:
+    """Return the modality and the denoiser's name of a task X~NAME; None for all others."""
+    modality, separator, name = task.partition("~")
+    return (modality, name) if separator and modality.isidentifier() and name.isidentifier() else None
 
 
 def arrange(task: str, modalities: Sequence[str]) -> list[tuple[int, Role]]:
     """Return which of a sample's spans, by place, a task uses and how; none if the sample does not serve it."""
     if task == INTERLEAVED:
         return [(place, Role.TARGET) for place in range(len(modalities))] if len(modalities) > 1 else []
+    if cut := denoised(task):
+        return [(place, Role.TARGET) for place in range(len(modalities)) if modalities[place] == cut[0]][:1]
     given, learnt = modalities_of(task)
     places = {name: [place for place, modality in enumerate(modalities) if modality == name] for name in modalities}
     if not set(given) | set(learnt) <= set(places):

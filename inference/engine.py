@@ -84,9 +84,10 @@ class Engine:
                 cache.forget(place)
                 branch.stale = False
         rows: list[MultimodalSequence | None]
-        rows = [branch.pending() if session.span else None for session in sessions for branch in session.branches]
-        self._forward(branches, rows, cache, commit=True)
         while any(session.span for session in sessions):
+            # What stands before the span; later the blocks of it that are done, of objectives that have blocks.
+            rows = [branch.pending() if session.span else None for session in sessions for branch in session.branches]
+            self._forward(branches, rows, cache, commit=True)
             rows = []
             for session in sessions:
                 rows += session.step_rows(vocabulary) if session.span else [None] * len(session.branches)

@@ -16,6 +16,7 @@ from torch import Tensor
 from omniform.errors import OmniformError
 from omniform.inference.editing import parse_edits
 from omniform.inference.engine import Engine, SpanStep
+from omniform.inference.filling import parse_filling
 from omniform.inference.part_items import item_of, part_of
 from omniform.inference.protocol import (
     ANY,
@@ -100,6 +101,9 @@ class Model:
                 that is left.
             temperature, top_k, top_p, guidance_scale, steps: see `SamplingSettings`. A default guidance_scale is not
                 applied to an empty prompt, which leaves nothing to guide towards.
+            suffix: what stands after the prompt: the reply is the text between the two, by a model that has learnt to
+                fill in the middle. With [] for a prompt it begins the text.
+            mode: the mode of the model's denoisers in which a text goes on; see `omniform.modeling.denoisers`.
             negative_prompt: what guidance pushes away from, in any form of a prompt; nothing unless given.
             batch_invariant: run every prompt by itself, so that its reply is the same to the byte in any batch. Else
                 replies in a batch may differ from those alone where two choices are closer than the rounding of logits.
@@ -251,7 +255,8 @@ class Model:
 
     def _text_so_far(self, step: SpanStep) -> str:
         """Return the text of an open span, less a last character whose bytes may not all be there yet."""
-        codes = step.span.state.token_ids
+        state = step.span.state
+        codes = state.token_ids if step.span.objective.commits else state.token_ids[: state.n_final]
         return self.tokenizers["text"].decode(Tokens(codes, (len(codes),))).rstrip("\N{REPLACEMENT CHARACTER}")
 
     def _decode(self, finished: Sequence[SpanStep], sessions: Sequence[Session]) -> list[ContentPart]:
@@ -286,6 +291,7 @@ class Model:
         seeds = parse_seeds(seed, len(prompts), fresh=secrets.randbits(63))
         if not isinstance(direct := given.pop("direct", False), bool):
             raise OmniformError(f"direct is {direct!r}, expected True or False")
+        gap = [given.pop(name, None) for name in ("mode", "suffix")]
         wanted = [given.pop(name, None) for name in ("image", "mask", "strength")]
         edits = parse_edits(*wanted, names=targets.names, seeds=seeds, tokenizer=self.tokenizers.get("image"))
         modalities = targets.names or self.modalities
@@ -296,9 +302,12 @@ class Model:
         if negative is not None and all(chosen.guidance_scale == 1 for chosen in asked.values()):
             raise OmniformError("negative_prompt has no effect at guidance_scale 1: give a guidance_scale above 1")
         dropped = () if negative is None else self._parse(negative)
-        requests = []
-        for prompt, edit, (own_seed, sample) in zip(prompts, edits, seeds, strict=True):
-            parts = self._parse(prompt)
+        parsed, requests = [self._parse(prompt) for prompt in prompts], []
+        given_modalities = [[part.modality for part in parts] for parts in parsed]
+        filling = parse_filling(
+            *gap, config=self.network.config, to=targets.names, settings=asked, prompts=given_modalities
+        )
+        for parts, edit, (own_seed, sample) in zip(parsed, edits, seeds, strict=True):
             if not parts and targets.names is None:
                 raise OmniformError("the prompt is empty, but what comes next is chosen by what came before: give one")
             if not parts and not dropped and given.get("guidance_scale", 1) != 1:
@@ -306,12 +315,12 @@ class Model:
                     f"guidance_scale is {given['guidance_scale']}, but the prompt holds no condition that guidance "
                     "could push towards: give a prompt, or guidance_scale=1"
                 )
-            between = None if direct or edit is not None else targets.way(parts, self.through)
+            between = None if direct or edit is not None or filling is not None else targets.way(parts, self.through)
             through = {} if between is None else {between: self.defaults[between]}
             own_targets = Targets((*through, *(targets.names or ())), targets.max_parts + 1) if through else targets
             guided = any(chosen.guidance_scale != 1 for chosen in (*through.values(), *asked.values()))
             own_dropped = dropped if guided and (parts or dropped) else None
-            requests.append(Request(parts, own_targets, asked, own_dropped, own_seed, sample, edit, through))
+            requests.append(Request(parts, own_targets, asked, own_dropped, own_seed, sample, edit, through, filling))
         return requests
 
     def _check_keywords(self, given: Mapping[str, Any], modalities: Sequence[str]) -> None:
@@ -346,7 +355,13 @@ class Model:
 
     def _session(self, request: Request, *, bounded: bool) -> Session:
         """Tokenise a request; `bounded`: see `fit`."""
-        context = self._encode(request.prompt)
+        prompt, filling = request.prompt, request.filling
+        if filling is not None:
+            after = () if filling.suffix is None else (TextPart(filling.suffix),)
+            prompt = (*(prompt or (TextPart(""),)), *after)
+        context = self._encode(prompt)
+        if filling is not None:
+            context = filling.context(context)
         dropped = None if request.dropped is None else self._encode(request.dropped)
         n_context = max(self._n_rows(context), self._n_rows(dropped or []))
         settings, through = fit(request, n_context, self.max_sequence_length, self.engine.fixed_grids, bounded=bounded)
@@ -360,6 +375,7 @@ class Model:
             None if request.edit is None else request.edit.tokens,
             None if request.edit is None else request.edit.wanted,
             through,
+            None if filling is None else filling.opening,
         )
         return Session(context, dropped, plan)
 

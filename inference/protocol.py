@@ -8,6 +8,7 @@ from PIL import Image
 
 from omniform.errors import OmniformError
 from omniform.inference.editing import Edit
+from omniform.inference.filling import Filling
 from omniform.modeling.generation_config import SamplingSettings
 from omniform.tokenizers.audio_files import Audio
 from omniform.tokenizers.video_files import Video
@@ -187,6 +188,7 @@ class Request:
         sample: place among the samples that share the seed.
         edit: the picture that is to be drawn anew in part; None for a new one.
         through: if the first part only lies on the way, which the reply leaves out, how that is sampled, by modality.
+        filling: the gap that the reply fills; None where it follows the prompt.
     """
 
     prompt: tuple[ContentPart, ...]
@@ -197,6 +199,7 @@ class Request:
     sample: int = 0
     edit: Edit | None = None
     through: Mapping[str, SamplingSettings] = field(default_factory=dict)
+    filling: Filling | None = None
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,11 @@ class KeyedDraw:
             self.n_near_ties += int(margin < 2 * self._bound)
         return chosen
 
+    def above(self, scores: Float[Tensor, "N"], bound: float) -> Bool[Tensor, "N"]:
+        """Return which scores, log-probabilities, are larger than `bound`."""
+        self.n_near_ties += int(((scores - bound).abs() < self._bound).sum())
+        return scores > bound
+
     def subset(self, candidates: Bool[Tensor, "N"], count: int, step: int) -> Bool[Tensor, "N"]:
         """Return a random subset of `count` of the candidates; at temperature 0 the same for every seed."""
         seed = self._seed if self._settings.temperature else 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from omniform.inference.sampling import KeyedDraw
@@ -33,13 +33,22 @@ class Branch:
         self.n_committed = 0
         self.stale = False
         self._layout: MultimodalSequence | None = None
-        self._first_row = 0
+        self._first_content = self._first_row = 0
 
     def open(self, target: Part, vocabulary: Vocabulary, objectives: Mapping[str, Objective]) -> None:
         """Lay out the rows of a span to be generated; `target` holds as many codes as it may get."""
         self._layout = MultimodalSequence.build([*self.parts, target], vocabulary, objectives)
         # A committing objective forwards the begin marker itself: the first content is predicted from it.
-        self._first_row = self._layout.spans[-1].start - int(objectives[target.modality].commits)
+        self._first_content = self.n_rows(vocabulary, objectives) + 1
+        self._first_row = self._first_content - int(objectives[target.modality].commits)
+
+    def settle(self, contents: Int[Tensor, "N"]) -> None:
+        """Take the leading contents of the open span as final: their rows may join the cache."""
+        assert self._layout is not None
+        first, self._first_row = self._first_content, self._first_content + len(contents)
+        token_ids = self._layout.token_ids.copy()
+        token_ids[first : self._first_row] = contents.numpy()
+        self._layout = dataclasses.replace(self._layout, token_ids=token_ids)
 
     def unread(self, vocabulary: Vocabulary, objectives: Mapping[str, Objective]) -> MultimodalSequence | None:
         """Return the rows of whole spans that the cache does not hold yet, while none is open; None without parts."""
@@ -59,9 +68,10 @@ class Branch:
         """Return the number of rows of all parts so far."""
         return document_length([(p.modality, len(p.tokens), p.role) for p in self.parts], vocabulary, objectives)
 
-    def pending(self) -> MultimodalSequence:
-        """Return the final rows before the open span's own that the cache does not hold yet, whole spans together."""
-        return self._rows(self._first_row - self.n_committed)
+    def pending(self) -> MultimodalSequence | None:
+        """Return the final rows before the next step's own that the cache does not hold yet, whole spans together."""
+        count = self._first_row - self.n_committed
+        return self._rows(count) if count > 0 else None
 
     def step_rows(self, token_ids: Tensor, vectors: Mapping[str, ContinuousRows]) -> MultimodalSequence:
         """Return the next rows of the open span, holding `token_ids` and, in their place, `vectors`."""
@@ -79,11 +89,13 @@ class OpenSpan:
     Attributes:
         number: place among the generated spans of the session.
         grid: of its tokens, or None where it ends itself.
+        opening: see `Part`.
     """
 
     modality: str
     number: int
     grid: tuple[int, ...] | None
+    opening: str | None
     objective: Objective
     settings: SamplingSettings
     draw: KeyedDraw
@@ -103,6 +115,7 @@ class Plan:
         kept: tokens of an item that the first part is an edit of; None for a new one.
         wanted: which of those tokens are to be new.
         through: settings of the first parts by modality, in place of `settings`, as many as there are.
+        opening: the marker that opens the first part, in place of the begin marker.
     """
 
     to: tuple[str, ...] | None
@@ -114,6 +127,7 @@ class Plan:
     kept: Tokens | None = None
     wanted: Bool[Tensor, "N"] | None = None
     through: Mapping[str, SamplingSettings] = dataclasses.field(default_factory=dict)
+    opening: str | None = None
 
 
 class Session:
@@ -185,8 +199,10 @@ class Session:
             unknown = Tokens(torch.zeros(length, dtype=torch.int64), shape)
         else:
             unknown = Latents(torch.zeros(length, channels), shape)
+        opening = None if self.generated else plan.opening
         for branch in self.branches:
-            branch.open(Part(modality, unknown, Role.TARGET), vocabulary, objectives)
+            # Its rows as they are read once it is done, with no second copy of anything.
+            branch.open(Part(modality, unknown, Role.CONTEXT, opening), vocabulary, objectives)
         number = len(self.generated)
         draw = KeyedDraw(plan.seed, plan.sample, number, settings)
         kept = None
@@ -194,7 +210,7 @@ class Session:
             assert plan.wanted is not None
             kept = vocabulary.to_ids(modality, plan.kept.codes).masked_fill(plan.wanted, vocabulary.mask)
         state = objective.begin(length, settings.steps, vocabulary.mask, kept)
-        self.span = OpenSpan(modality, number, grid, objective, settings, draw, state)
+        self.span = OpenSpan(modality, number, grid, opening, objective, settings, draw, state)
 
     def _room(self, vocabulary: Vocabulary, objectives: Mapping[str, Objective]) -> int:
         return self.plan.max_rows - max(branch.n_rows(vocabulary, objectives) for branch in self.branches)
@@ -203,7 +219,7 @@ class Session:
         """Return, for each branch, the rows to forward for the next step of the open span."""
         span = self.span
         assert span is not None
-        token_ids = span.objective.inputs(span.state, vocabulary.begin(span.modality))
+        token_ids = span.objective.inputs(span.state, vocabulary.begin(span.modality, span.opening))
         channels = vocabulary.channels_of(span.modality)
         held = None if channels is None else span.objective.vectors(span.state, channels, span.draw)
         return [branch.step_rows(token_ids, {} if held is None else {span.modality: held}) for branch in self.branches]
@@ -219,6 +235,9 @@ class Session:
         span.state = span.objective.step(span.state, guided, ids.start, end_id, vocabulary.mask, span.draw)
         if span.state.done:
             self._close(span, vocabulary)
+        elif span.state.n_final:
+            for branch in self.branches:
+                branch.settle(span.state.token_ids[: span.state.n_final])
         return span
 
     def _close(self, span: OpenSpan, vocabulary: Vocabulary) -> None:
@@ -237,7 +256,7 @@ class Session:
         self.generated.append(tokens)
         self.n_near_ties += span.draw.n_near_ties
         for branch in self.branches:
-            branch.close(Part(span.modality, tokens, Role.CONTEXT))
+            branch.close(Part(span.modality, tokens, Role.CONTEXT, span.opening))
         self.span = None
         n_done, to = len(self.generated), self.plan.to
         self.done = n_done == (self.plan.max_parts if to is None else len(to))

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, TypeAda
 from pydantic.dataclasses import dataclass
 
 from omniform.errors import OmniformError
+from omniform.modeling.denoisers import DENOISERS, MODE, Denoiser
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.objectives.registry import OBJECTIVES
 
@@ -25,27 +26,34 @@ class ConfigError(OmniformError):
     """A configuration that cannot be used; the message names each key's path."""
 
 
-def _build_objective(value: object) -> object:
-    if isinstance(value, Objective):
+def _build_kind(value: object, base: type, kinds: Mapping[str, type]) -> object:
+    """Build the `base` that `kind` says, one of `kinds`, from a mapping of its settings or from its name alone."""
+    if isinstance(value, base):
         return value
     if isinstance(value, str):
         value = {"kind": value}
     if not isinstance(value, Mapping):
-        raise ValueError(f"expected a mapping with `kind`, one of {sorted(OBJECTIVES)}, not {value!r}")
-    kind = value.get("kind")
-    if kind not in OBJECTIVES:
-        raise ValueError(f"objective kind is {kind!r}, expected one of {sorted(OBJECTIVES)}")
+        raise ValueError(f"expected a mapping with `kind`, one of {sorted(kinds)}, not {value!r}")
+    kind = kinds.get(value.get("kind", ""))
+    if kind is None:
+        what = base.__name__.lower()
+        raise ValueError(f"{what} kind is {value.get('kind')!r}, expected one of {sorted(kinds)}")
     try:
-        return TypeAdapter(OBJECTIVES[kind]).validate_python(dict(value))
+        return TypeAdapter(kind).validate_python(dict(value))
     except ValidationError as error:
-        raise ValueError("\n".join(f".{line}" for line in _describe(error, OBJECTIVES[kind]))) from error
+        raise ValueError("\n".join(f".{line}" for line in _describe(error, kind))) from error
 
 
-def _dump_objective(objective: Objective) -> dict[str, Any]:
-    return TypeAdapter(type(objective)).dump_python(objective, mode="json")
+def _dump_kind(value: object) -> dict[str, Any]:
+    return TypeAdapter(type(value)).dump_python(value, mode="json")
 
 
-AnyObjective = Annotated[Objective, PlainValidator(_build_objective), PlainSerializer(_dump_objective)]
+AnyObjective = Annotated[
+    Objective, PlainValidator(lambda value: _build_kind(value, Objective, OBJECTIVES)), PlainSerializer(_dump_kind)
+]
+AnyDenoiser = Annotated[
+    Denoiser, PlainValidator(lambda value: _build_kind(value, Denoiser, DENOISERS)), PlainSerializer(_dump_kind)
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -172,6 +180,8 @@ class ModelConfig:
 
     Attributes:
         objectives: by modality; text must be among them.
+        denoisers: by name, ways to cut a text and to fill its gaps, which tasks such as text~NAME learn; see
+            `omniform.modeling.denoisers`. One without a mode has its name for that.
         position_embeddings: by modality, the most tokens of its spans: each position has a learnt vector beside the
             rotary positions; see `PositionEmbedding`. For modalities of a fixed grid.
         z_loss: weight of log(Z)^2 in every discrete loss.
@@ -181,6 +191,7 @@ class ModelConfig:
 
     decoder: DecoderConfig = DecoderConfig()
     objectives: dict[str, AnyObjective]
+    denoisers: dict[Annotated[str, Field(pattern=MODE)], AnyDenoiser] = Field(default_factory=dict)
     position_embeddings: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     z_loss: float = Field(default=0.0, ge=0)
     next_span_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -196,6 +207,22 @@ class ModelConfig:
                     "already shows it (label leak): choose a causal span or predict at the row itself"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _check_denoisers(self) -> "ModelConfig":
+        for mode in self.modes:
+            ways = {denoiser.given for name, denoiser in self.denoisers.items() if (denoiser.mode or name) == mode}
+            if len(ways) > 1:
+                raise ValueError(
+                    f"denoisers of the mode {mode} have given: {', '.join(sorted(ways))}, expected one for all, by "
+                    "which a prompt in this mode is read: change one, or its mode"
+                )
+        return self
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Modes of the denoisers, in the order in which they are first named."""
+        return tuple(dict.fromkeys(denoiser.mode or name for name, denoiser in self.denoisers.items()))
 
 
 def parse_config(cls: type[ConfigT], text: str, overrides: Sequence[str] = (), source: str = "config") -> ConfigT:

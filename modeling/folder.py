@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,11 @@ class LoadedModel:
         return self.model.vocabulary
 
 
-def build_vocabulary(tokenizers: Mapping[str, Modality]) -> Vocabulary:
+def build_vocabulary(tokenizers: Mapping[str, Modality], modes: Collection[str] = ()) -> Vocabulary:
     """Return the id space of a set of tokenizers: text, then the others in the order given.
+
+    Args:
+        modes: of the model's denoisers.
 
     Raises:
         ModelFolderError: there is no text tokenizer, or it is not discrete.
@@ -65,7 +68,7 @@ def build_vocabulary(tokenizers: Mapping[str, Modality]) -> Vocabulary:
     text = sizes.pop("text", None)
     if not isinstance(text, Discrete):
         raise ModelFolderError(f"tokenizers are {[*tokenizers]}, expected one of text, into codes, among them")
-    return Vocabulary(text.vocab_size, sizes, [name for name in sizes if tokenizers[name].fixed_grid is None])
+    return Vocabulary(text.vocab_size, sizes, [name for name in sizes if tokenizers[name].fixed_grid is None], modes)
 
 
 def check_position_embeddings(config: ModelConfig, tokenizers: Mapping[str, Modality]) -> None:
@@ -118,7 +121,7 @@ def save_model_folder(
         "tokenizers": digests,
     }
     _write_json(draft / "config.json", record)
-    _write_json(draft / "vocabulary.json", build_vocabulary(tokenizers).to_json())
+    _write_json(draft / "vocabulary.json", build_vocabulary(tokenizers, config.modes).to_json())
     _write_json(draft / "generation_config.json", dict(generation_config))
     stored = {name: w.detach().float() if w.is_floating_point() else w for name, w in weights.items()}
     save_tensors({name: w.contiguous().cpu() for name, w in stored.items()}, draft / "model.safetensors")
@@ -163,11 +166,12 @@ def load_model_folder(folder: Path) -> LoadedModel:
     config = parse_config(ModelConfig, json.dumps(record["model"]), source=str(folder / "config.json"))
     tokenizers = {name: load_modality(folder / "tokenizers" / name) for name in record["tokenizers"]}
     vocabulary = Vocabulary.from_json(_read_json(folder / "vocabulary.json"))
-    if vocabulary != build_vocabulary(tokenizers):
+    expected = build_vocabulary(tokenizers, config.modes)
+    if vocabulary != expected:
         raise ModelFolderError(
             f"{folder / 'vocabulary.json'} hashes to {vocabulary.digest()[:12]}, but the tokenizers beside it make "
-            f"{build_vocabulary(tokenizers).digest()[:12]}: weights and tokenizers are not of one model; take the "
-            "folder again from where it was saved"
+            f"{expected.digest()[:12]}: weights and tokenizers are not of one model; take the folder again from where "
+            "it was saved"
         )
     for name, digest in record["tokenizers"].items():
         if folder_digest(folder / "tokenizers" / name) != digest:

@@ -19,7 +19,8 @@ class SamplingSettings:
         top_k: only the k likeliest tokens may be chosen; None for all.
         top_p: only the smallest set of likeliest tokens that holds this much probability; None for all.
         guidance_scale: classifier-free guidance, `uncond + scale * (cond - uncond)` on logits; 1 for none.
-        steps: forward passes for a span that is filled in place; None for the objective's own number.
+        steps: forward passes for a span that is filled in place, or for each of its blocks; None for the objective's
+            own number.
     """
 
     max_new_tokens: int = Field(default=128, ge=1)

@@ -156,8 +156,8 @@ class UnifiedModel(nn.Module):
             set to None; None before the first, and without routers.
 
     Raises:
-        ConfigError: a modality of the vocabulary has no objective, or an objective no modality; or one that is for
-            vectors where the modality has codes, or the other way round.
+        ConfigError: a modality of the vocabulary has no objective, or an objective no modality; one that is for vectors
+            where the modality has codes, or the other way round; or one with blocks is for spans of one length.
     """
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
@@ -179,6 +179,11 @@ class UnifiedModel(nn.Module):
                 raise ConfigError(
                     f"model.objectives.{name} is {objective.kind}, but its tokenizer makes {made}: choose an objective "
                     "for these, or another tokenizer"
+                )
+            if objective.block_size is not None and vocabulary.end_of(name) is None:
+                raise ConfigError(
+                    f"model.objectives.{name}.block_size is {objective.block_size}, but all spans of {name} have one "
+                    "length: leave it out; blocks are for spans that end themselves"
                 )
         self.config, self.vocabulary = config, vocabulary
         self.interface = DiscreteInterface(vocabulary.size, config.decoder.dim)
@@ -283,7 +288,14 @@ class UnifiedModel(nn.Module):
 
         Raises:
             VocabularyError: an id is not of the text tokenizer.
+            ConfigError: the model's text is not causal.
         """
+        objective = self.config.objectives["text"]
+        if objective.bidirectional:
+            raise ConfigError(
+                f"this model learnt text as {objective.kind}, in both directions: it has no next-token logits; "
+                "generate text instead, or train with model.objectives.text: next_token"
+            )
         text_ids = self.vocabulary.to_ids("text", token_ids)
         begin = torch.full_like(text_ids[:, :1], self.vocabulary.begin("text"))
         rows = torch.cat([begin, text_ids], dim=1)

@@ -39,16 +39,24 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Part:
-    """One entry of a document: its tokens, and whether it is given or to be predicted."""
+    """One entry of a document: its tokens, and whether it is given or to be predicted.
+
+    Attributes:
+        opening: the marker of a mode or gap in place of the begin marker; see `Vocabulary.begin`.
+        prefix: it is read in both directions, as one block with the parts beside it that are so too (prefix LM).
+    """
 
     modality: str
     tokens: Tokens | Latents
     role: Role
+    opening: str | None = None
+    prefix: bool = False
 
 
 @dataclass(frozen=True)
 class Span:
-    """Content rows [start, start + length) of a sequence; row start - 1 is the begin marker.
+    """Content rows [start, start + length) of a sequence, of one block; a part has one such block unless its objective
+    learns it block by block. The begin marker stands before the first.
 
     Attributes:
         noised: the rows are a corrupted target that a clean copy follows.
@@ -85,6 +93,23 @@ def span_extent(grid: tuple[int, ...], length: int) -> int:
     return length if len(grid) == 1 else max(grid)
 
 
+def _stretches(length: int, objective: Objective, role: Role, *, read_later: bool) -> list[tuple[int, int, bool, bool]]:
+    """Return (first, stop, learnt, private) of the contents of a part that each block holds, in the order of its rows.
+
+    A learnt block that is corrupted always has the objective's whole length, and may so go past the part's contents.
+    """
+    size, found = objective.block_size or length, []
+    for first in range(0, length, size):
+        stop = min(first + size, length)
+        corrupted = role is Role.TARGET and objective.corrupts
+        copied = corrupted and (read_later or stop < length)
+        if corrupted:
+            found.append((first, first + size, True, copied))
+        if copied or not corrupted:
+            found.append((first, stop, role is Role.TARGET and not corrupted, False))
+    return found
+
+
 def document_length(
     parts: Sequence[tuple[str, int, Role]],
     vocabulary: Vocabulary,
@@ -97,8 +122,11 @@ def document_length(
     for place, (modality, n_codes, role) in enumerate(parts):
         length = n_codes + (vocabulary.end_of(modality) is not None)
         read_later = learn_order or place < len(parts) - 1
-        copies = role is Role.TARGET and objectives[modality].corrupts and read_later
-        total += 1 + length * (2 if copies else 1)
+        if role is Role.CONTEXT:
+            total += 1 + length
+        else:
+            stretches = _stretches(length, objectives[modality], role, read_later=read_later)
+            total += 1 + sum(stop - first for first, stop, *_ in stretches)
     return total
 
 
@@ -167,8 +195,8 @@ class MultimodalSequence:
                 needs a clean copy like the others.
 
         Raises:
-            SequenceError: no parts, a modality without an objective, or vectors where codes are expected or the other
-                way round.
+            SequenceError: no parts, a modality without an objective, a part of a prefix that is learnt, or vectors
+                where codes are expected or the other way round.
             VocabularyError: codes that the vocabulary does not hold.
         """
         if not parts:
@@ -176,7 +204,8 @@ class MultimodalSequence:
         ids: list[npt.NDArray[np.int64]] = []
         span_positions: list[npt.NDArray[np.int64]] = []
         positions: list[npt.NDArray[np.int64]] = []
-        blocks: list[tuple[int, int, bool, bool]] = []  # (rows, modality, bidirectional, private)
+        blocks: list[tuple[int, int, int, bool, bool]] = []  # (rows, number, modality, bidirectional, private)
+        number = -1
         spans: list[Span] = []
         next_spans: list[tuple[int, int]] = []
         vectors: dict[str, list[tuple[int, Tensor]]] = {}
@@ -184,6 +213,10 @@ class MultimodalSequence:
         for place, part in enumerate(parts):
             if part.modality not in objectives:
                 raise SequenceError(f"no objective for modality {part.modality!r}; there is one for {[*objectives]}")
+            if part.prefix and part.role is Role.TARGET:
+                raise SequenceError(
+                    f"a learnt part of {part.modality} is in a prefix, whose rows would see their answers"
+                )
             objective, modality_id = objectives[part.modality], vocabulary.place_of(part.modality)
             contents, values = _contents(part, vocabulary)
             grid = part.tokens.grid
@@ -192,36 +225,41 @@ class MultimodalSequence:
                 contents = np.append(contents, end_id)
                 grid = (len(contents),)
             length = len(contents)
-            ids.append(np.array([vocabulary.begin(part.modality)]))
+            read_later = learn_order or place < len(parts) - 1
+            stretches = _stretches(length, objective, part.role, read_later=read_later)
+            most = max(stop for _, stop, *_ in stretches)
+            contents = np.append(contents, np.full(most - length, end_id)) if most > length else contents
+            ids.append(np.array([vocabulary.begin(part.modality, part.opening)]))
             span_positions.append(np.zeros(1, dtype=np.int64))
             positions.append(np.full((1, 3), position))
-            blocks.append((1, modality_id, False, False))
+            number += not (part.prefix and place > 0 and parts[place - 1].prefix)
+            blocks.append((1, number, modality_id, part.prefix, False))
             row, position = row + 1, position + 1
-            content_positions = grid_positions(grid, length, position)
-            read_later = learn_order or place < len(parts) - 1
-            noised = part.role is Role.TARGET and objective.corrupts and read_later
-            for is_noised_copy in (True, False) if noised else (False,):
-                ids.append(contents)
-                span_positions.append(np.arange(1, length + 1))
-                positions.append(content_positions)
-                blocks.append((length, modality_id, objective.bidirectional, is_noised_copy))
-                role = Role.CONTEXT if noised and not is_noised_copy else part.role
-                spans.append(Span(part.modality, row, length, grid, role, is_noised_copy))
+            content_positions = grid_positions(grid, most, position)
+            for first, stop, learnt, unread in stretches:
+                n_rows, number = stop - first, number + (not part.prefix)
+                ids.append(contents[first:stop])
+                span_positions.append(np.arange(first + 1, stop + 1))
+                positions.append(content_positions[first:stop])
+                blocks.append((n_rows, number, modality_id, part.prefix or objective.bidirectional, unread))
+                role = Role.TARGET if learnt else Role.CONTEXT
+                own_grid = (n_rows,) if objective.block_size else grid
+                spans.append(Span(part.modality, row, n_rows, own_grid, role, unread))
                 if values is not None:
-                    vectors.setdefault(part.modality, []).append((row, values))
-                row += length
+                    vectors.setdefault(part.modality, []).append((row, values[first:stop]))
+                row += n_rows
             position += span_extent(grid, length)
             if learn_order:
                 last = place == len(parts) - 1
                 next_spans.append((row - 1, vocabulary.end if last else vocabulary.begin(parts[place + 1].modality)))
         rows_per_block, *of_blocks = zip(*blocks, strict=True)
-        modality_ids, bidirectional, private = (np.repeat(values, rows_per_block) for values in of_blocks)
+        block_ids, modality_ids, bidirectional, private = (np.repeat(values, rows_per_block) for values in of_blocks)
         return cls(
             np.concatenate(ids),
             modality_ids,
             np.concatenate(span_positions),
             np.concatenate(positions),
-            np.repeat(np.arange(len(blocks)), rows_per_block),
+            block_ids,
             bidirectional,
             private,
             tuple(spans),

@@ -3,10 +3,11 @@
     [ text ids | 64 special ids | codes of the 1st discrete modality | codes of the 2nd | ... ]
 
 Text ids are the text tokenizer's own. Special ids have fixed places; each modality takes the next free one as its
-begin marker. A modality whose spans are of free length, such as speech, has an id that ends them after its codes; that
-of text is the special id `end`, which comes next after its own. A modality of real vectors has a begin marker and no
-codes; in its rows stands the id `mask`, until a vector takes its place. Adding a modality appends: no id that was ever
-stored changes its meaning.
+begin marker. A vocabulary with modes has further markers, from the other end of the special ids down: `N_GAPS` for gaps
+in a text, then one for each mode. A modality whose spans are of free length, such as speech, has an id that ends them
+after its codes; that of text is the special id `end`, which comes next after its own. A modality of real vectors has a
+begin marker and no codes; in its rows stands the id `mask`, until a vector takes its place. Adding a modality or a mode
+appends: no id that was ever stored changes its meaning.
 """
 
 import hashlib
@@ -23,7 +24,18 @@ from omniform.errors import OmniformError
 from omniform.tokenizers.base import Continuous, Discrete
 
 N_SPECIAL = 64
+N_GAPS = 32
 _FIXED_SPECIALS = ("end", "pad", "mask", "begin:text")
+
+
+def gap_marker(number: int) -> str:
+    """Return the name of the marker of gap `number`, from 0; they come round again after `N_GAPS`."""
+    return f"gap:{number % N_GAPS}"
+
+
+def mode_marker(mode: str) -> str:
+    """Return the name of the marker that opens what is given in a mode."""
+    return f"mode:{mode}"
 
 
 class VocabularyError(OmniformError):
@@ -48,10 +60,13 @@ class Vocabulary:
         text_size: number of ids of the text tokenizer.
         modalities: the other modalities, in the order in which they were added to the model.
         free_length: those of them whose spans end themselves, as those of text do.
+        modes: ways to learn a text with gaps, in the order in which they were added; see `omniform.modeling.denoisers`.
+            Without any there are no markers of gaps either.
 
     Raises:
-        VocabularyError: more modalities than begin markers, an empty codebook, vectors of no numbers, text among
-            `modalities`, or a name in `free_length` that is not among them or is of a continuous modality.
+        VocabularyError: more modalities and modes than markers, a mode that is named twice, an empty codebook, vectors
+            of no numbers, text among `modalities`, or a name in `free_length` that is not among them or is of a
+            continuous modality.
     """
 
     def __init__(
@@ -59,6 +74,7 @@ class Vocabulary:
         text_size: int,
         modalities: Mapping[str, Discrete | Continuous],
         free_length: Collection[str] = (),
+        modes: Collection[str] = (),
     ) -> None:
         if text_size < 1:
             raise VocabularyError(f"text_size is {text_size}, expected at least 1")
@@ -66,12 +82,20 @@ class Vocabulary:
             raise VocabularyError("text is the first range by itself: leave it out of `modalities`")
         if not set(free_length) <= set(modalities):
             raise VocabularyError(f"free_length names {sorted(free_length)}, expected some of {sorted(modalities)}")
+        if len(set(modes)) < len(modes):
+            raise VocabularyError(f"modes are {', '.join(modes)}, expected each once")
         specials = [*_FIXED_SPECIALS, *(f"begin:{name}" for name in modalities)]
-        if len(specials) > N_SPECIAL:
-            raise VocabularyError(f"{len(modalities)} modalities, expected at most {N_SPECIAL - len(_FIXED_SPECIALS)}")
+        markers = [*map(gap_marker, range(N_GAPS)), *map(mode_marker, modes)] if modes else []
+        if len(specials) + len(markers) > N_SPECIAL:
+            most = N_SPECIAL - len(_FIXED_SPECIALS) - (N_GAPS if modes else 0)
+            raise VocabularyError(
+                f"{len(modalities)} modalities and {len(modes)} modes, expected at most {most} in all"
+            )
         self.text_size = text_size
-        self.modalities = dict(modalities)
+        self.modalities, self.modes = dict(modalities), tuple(modes)
+        self._next_spans = IdRange(text_size, text_size + len(specials))
         self._specials = {name: text_size + place for place, name in enumerate(specials)}
+        self._specials |= {name: text_size + N_SPECIAL - 1 - place for place, name in enumerate(markers)}
         self._ends = {"text": self._specials["end"]}
         self._codes: dict[str, IdRange] = {"text": IdRange(0, text_size)}
         next_id = text_size + N_SPECIAL
@@ -122,10 +146,22 @@ class Vocabulary:
         representation = self.modalities.get(modality)
         return representation.channels if isinstance(representation, Continuous) else None
 
-    def begin(self, modality: str) -> int:
-        """Id of the marker row before every span of `modality`."""
+    def begin(self, modality: str, opening: str | None = None) -> int:
+        """Id of the marker row before every span of `modality`.
+
+        Args:
+            opening: the marker of a mode or gap that stands in its place; see `mode_marker` and `gap_marker`.
+
+        Raises:
+            VocabularyError: this vocabulary has no such modality or marker.
+        """
         self._require(modality)
-        return self._specials[f"begin:{modality}"]
+        name = f"begin:{modality}" if opening is None else opening
+        if name not in self._specials:
+            raise VocabularyError(
+                f"no marker {opening!r} in this model, whose modes are {', '.join(self.modes) or '-'}"
+            )
+        return self._specials[name]
 
     def end_of(self, modality: str) -> int | None:
         """Id that ends a span of `modality`, the last of `target_range`; None where all spans have one length."""
@@ -135,7 +171,7 @@ class Vocabulary:
     @property
     def next_span_range(self) -> IdRange:
         """Ids among which lies what may follow a span: the begin markers, and `end` where nothing does."""
-        return IdRange(self.text_size, self.text_size + len(self._specials))
+        return self._next_spans
 
     def target_range(self, modality: str) -> IdRange:
         """Ids that a generated span of `modality` may hold: its codes, and the id that ends it if one does."""
@@ -200,7 +236,7 @@ class Vocabulary:
                 name: Continuous(**entry) if "channels" in entry else Discrete(**entry)
                 for name, entry in content["modalities"].items()
             }
-            vocabulary = cls(content["text_size"], stored, content.get("free_length", ()))
+            vocabulary = cls(content["text_size"], stored, content.get("free_length", ()), content.get("modes", ()))
             expected = content["sha256"]
         except (KeyError, TypeError, AttributeError) as error:
             raise VocabularyError(
@@ -227,8 +263,13 @@ class Vocabulary:
     def _content(self) -> dict[str, Any]:
         entries = {name: dict(vars(representation)) for name, representation in self.modalities.items()}
         free = [name for name in self.modalities if name in self._ends]
+        content: dict[str, Any] = {"text_size": self.text_size, "modalities": entries}
         # Left out where there are none: records from before there were any keep their hash.
-        return {"text_size": self.text_size, "modalities": entries, **({"free_length": free} if free else {})}
+        if free:
+            content["free_length"] = free
+        if self.modes:
+            content["modes"] = [*self.modes]
+        return content
 
     def _require(self, modality: str) -> IdRange:
         if modality not in self._codes:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from omniform.data.mixture import DataConfig, DataStage, SourceChange
+from omniform.data.mixture import DataConfig, DataStage, SourceChange, denoised
 from omniform.errors import OmniformError
 from omniform.modeling.config import STRICT, ModelConfig
 from omniform.modeling.generation_config import SamplingSettings, Ways
@@ -298,6 +298,20 @@ class TrainConfig(FitConfig):
                         f"through.{given}.{wanted} is {between}, but no source that is drawn has the task {task}: add "
                         "it to the tasks of one, or leave this out"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_denoisers(self) -> "TrainConfig":
+        for data in (self.data, *(self.data.changed(stage.mixture) for stage in self.stages)):
+            for source in data.sources:
+                for task in source.tasks:
+                    cut = denoised(task)
+                    if cut and cut[1] not in self.model.denoisers:
+                        there = ", ".join(self.model.denoisers) or "none"
+                        raise ValueError(
+                            f"the task {task} of {source.label} needs model.denoisers.{cut[1]}; there is {there}: name "
+                            "one, or add it"
+                        )
         return self
 
     @property

@@ -55,7 +55,7 @@ def train(
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config.accumulation(world_size)
     tokenizers = {name: _load_tokenizer(name, folder) for name, folder in config.tokenizers.items()}
-    vocabulary = build_vocabulary(tokenizers)
+    vocabulary = build_vocabulary(tokenizers, config.model.modes)
     check_position_embeddings(config.model, tokenizers)
     n_samples = _count_samples(config)
     if dry_run:
@@ -81,6 +81,7 @@ def train(
         encoding_workers=config.encoding_workers,
         rows_per_step=config.rows_per_step,
         stages=config.data_stages,
+        denoisers=config.model.denoisers,
     )
     generation = GenerationConfig(
         max_sequence_length=config.data.row_length, modalities=config.generation, through=config.through

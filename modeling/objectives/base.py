@@ -119,6 +119,10 @@ class Draw(Protocol):
         """Return which `count` scores are the smallest; of equal ones the first."""
         ...
 
+    def above(self, scores: Float[Tensor, "N"], bound: float) -> Bool[Tensor, "N"]:
+        """Return which scores are larger than `bound`."""
+        ...
+
     def subset(self, candidates: Bool[Tensor, "N"], count: int, step: int) -> Bool[Tensor, "N"]:
         """Return a random subset of `count` of the candidates."""
         ...
@@ -130,9 +134,11 @@ class SpanState:
 
     Attributes:
         token_ids: contents so far; in masked spans the mask id stands where nothing is decided yet.
-        step: number of steps done.
-        n_steps: number of steps in all; for spans that end themselves the largest number allowed.
+        step: number of steps done; of those of the block that is open, where there are blocks.
+        n_steps: number of steps in all, or of that block; for spans that end themselves the largest number allowed.
         done: nothing is left to do.
+        n_final: leading contents that no later step changes, so that their rows may stay in the cache; only of
+            objectives with blocks.
         kept: in an edited span the contents that stay, and the mask id where a new one is wanted; None if all are new.
         confidence: log-probability at which each content was decided, for objectives that may take a decision back.
         values: contents so far of a continuous modality.
@@ -142,6 +148,7 @@ class SpanState:
     step: int
     n_steps: int
     done: bool = False
+    n_final: int = 0
     kept: Int[Tensor, "K"] | None = None
     confidence: Float[Tensor, "N"] | None = None
     values: Float[Tensor, "N C"] | None = None
@@ -158,10 +165,15 @@ class Objective(ABC):
         commits: every row that a step forwards is final and stays in the cache.
         continuous: its tokens are vectors, not codes.
         ignores: names of `SamplingSettings` that say nothing to it.
+
+    Attributes:
+        block_size: spans are cut into blocks of so many contents, each learnt and produced from those before it; the
+            last one that is learnt is filled up with ends. None for spans that are one block.
     """
 
     kind: Any
     weight: float
+    block_size: int | None = None
     bidirectional: ClassVar[bool]
     corrupts: ClassVar[bool]
     shift: ClassVar[int]

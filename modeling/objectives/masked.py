@@ -2,7 +2,15 @@
 
 Sources: MaskGIT (arXiv:2202.04200), as used in one decoder with text by Show-o (arXiv:2408.12528); MDLM
 (arXiv:2406.07524) for the weights under which the loss bounds the likelihood; ReMDM (arXiv:2503.00307) for taking
-decisions of low confidence back.
+decisions of low confidence back; for text LLaDA (arXiv:2502.09992) and MMaDA (arXiv:2505.15809), for its blocks BD3-LM
+(arXiv:2503.09573), for the threshold Fast-dLLM (arXiv:2505.22618).
+
+Text is learnt as LLaDA does with `schedule: linear, masking: independent, weighting: elbo`: t is uniform in
+[`EARLIEST_TIME`, 1], contents are masked with probability t, and their losses are weighted by 1 / t. `block_size` cuts
+it into blocks, each with a time of its own and clean copies of those before it to read (BD3-LM). The last block is
+filled up with ends, which are learnt like all else, so that the model knows where a text ends. Produced block after
+block, those that are done are read from the cache. Deviation from LLaDA: a block never sees those after it; one block
+as long as the longest text is LLaDA's model, without its blocks of decoding.
 """
 
 import math
@@ -77,9 +85,14 @@ class Masked(Objective):
             the reverse process of MDLM does.
         remask: decided contents compete with the new ones, and the least confident are masked again (after ReMDM's
             confidence at the time of decision; deviation: their number follows `schedule`, so that steps stay as many).
-        steps: decoding steps unless the request says otherwise; never more than contents to decide.
+        steps: decoding steps unless the request says otherwise, of each block where there are blocks; never more than
+            contents to decide.
         choice_temperature: scale of the Gumbel noise on the confidence; it falls linearly to 0 over the steps
             (MaskGIT, appendix; not compounded from step to step).
+        threshold: a step also decides everything whose probability is above this, beyond what `schedule` asks for, so
+            that a span may take fewer steps (Fast-dLLM, which has no schedule). None decides no more than that.
+        block_size: see `Objective`; for spans of free length. Production ends with the block in which an end comes up.
+            The last one is shorter where the largest length is no multiple of it, as no block is in training.
     """
 
     kind: Literal["masked"] = "masked"
@@ -91,6 +104,8 @@ class Masked(Objective):
     remask: bool = False
     steps: int = Field(default=8, ge=1)
     choice_temperature: float = Field(default=4.5, ge=0)
+    threshold: float | None = Field(default=None, gt=0, lt=1)
+    block_size: int | None = Field(default=None, ge=1)
 
     bidirectional: ClassVar[bool] = True
     corrupts: ClassVar[bool] = True
@@ -123,14 +138,24 @@ class Masked(Objective):
         return Corrupted(token_ids, loss_weights, count=float(len(token_ids)))
 
     def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
-        """Open a span of `length` masks, or of the contents to keep and masks for the others."""
+        """Open a span of `length` masks, or of the contents to keep and masks for the others.
+
+        Raises:
+            ValueError: contents to keep in a span that has blocks, which is of free length.
+        """
+        if kept is not None and self.block_size is not None:
+            raise ValueError("a span with blocks is not edited: leave block_size out, or keep nothing")
         token_ids = torch.full((length,), mask_id) if kept is None else kept
-        n_steps = min(steps or self.steps, int((token_ids == mask_id).sum()))
+        n_steps = min(steps or self.steps, int((token_ids == mask_id).sum()), self.block_size or length)
         return SpanState(token_ids, 0, n_steps, kept=kept, confidence=torch.zeros(length, dtype=torch.float64))
 
     def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
-        """The whole span: masks and decided contents see each other."""
-        return state.token_ids
+        """The whole span, or the block that is open: masks and decided contents see each other."""
+        return state.token_ids[self._open_block(state)]
+
+    def _open_block(self, state: SpanState) -> slice:
+        length = len(state.token_ids)
+        return slice(state.n_final, min(state.n_final + (self.block_size or length), length))
 
     def step(
         self,
@@ -143,33 +168,42 @@ class Masked(Objective):
     ) -> SpanState:
         """Draw every masked content, and leave gamma(1 - (step + 1) / n_steps) of the contents to decide masked.
 
-        Each step leaves at least one less than the step before, and the last one none.
+        Each step leaves at least one less than the step before, and the last one none: then the next block opens, if
+        there is one and none ended the span.
         """
-        positions = torch.arange(len(state.token_ids))
-        masked = state.token_ids == mask_id
+        assert state.confidence is not None
+        block = self._open_block(state)
+        positions = torch.arange(len(state.token_ids))[block]
+        token_ids = state.token_ids[block]
+        masked = token_ids == mask_id
         choice, log_probability = draw.tokens(logits[masked], state.step, positions[masked])
-        wanted = torch.ones_like(masked) if state.kept is None else state.kept == mask_id
+        wanted = torch.ones_like(masked) if state.kept is None else state.kept[block] == mask_id
         left = 1 - (state.step + 1) / state.n_steps
         n_wanted, n_masked = int(wanted.sum()), int(masked.sum())
         # Whatever the schedule rounds to: each step decides one content at least, and leaves one for each step to come.
         n_left = max(math.floor(masked_fraction(left, self.schedule) * n_wanted), state.n_steps - state.step - 1)
-        n_left = min(n_left, n_masked - 1)
-        assert state.confidence is not None
-        confidence = state.confidence.masked_scatter(masked, log_probability.double())
+        confidence = state.confidence[block].masked_scatter(masked, log_probability.double())
         candidates = wanted if self.remask else masked
+        if self.threshold is not None:
+            candidates = candidates & ~draw.above(confidence, math.log(self.threshold))
+        n_left = min(n_left, n_masked - 1, int(candidates.sum()))
         if self.order == "random":
             remask = draw.subset(candidates, n_left, state.step)
         else:
             noise = self.choice_temperature * left * draw.gumbel(state.step, positions)
             remask = draw.smallest((confidence + noise).masked_fill(~candidates, math.inf), n_left)
-        token_ids = state.token_ids.masked_scatter(masked, choice + first_id).masked_fill(remask, mask_id)
-        return replace(
-            state,
-            token_ids=token_ids,
-            step=state.step + 1,
-            done=not bool(remask.any()),
-            confidence=confidence,
-        )
+        token_ids = token_ids.masked_scatter(masked, choice + first_id).masked_fill(remask, mask_id)
+        before, after = slice(0, block.start), slice(block.stop, None)
+        all_ids = torch.cat([state.token_ids[before], token_ids, state.token_ids[after]])
+        confidence = torch.cat([state.confidence[before], confidence, state.confidence[after]])
+        changed = replace(state, token_ids=all_ids, step=state.step + 1, confidence=confidence)
+        if remask.any():
+            return changed
+        ended = self.block_size is not None and end_id is not None and bool((token_ids == end_id).any())
+        if ended or block.stop == len(all_ids):
+            stop = block.stop
+            return replace(changed, token_ids=all_ids[:stop], done=True, confidence=confidence[:stop])
+        return replace(changed, n_final=block.stop, step=0, n_steps=min(state.n_steps, len(all_ids) - block.stop))
 
 
 def counted_mask(targets: TargetSpans, schedule: Schedule) -> npt.NDArray[np.bool_]:

@@ -1,5 +1,6 @@
 """What a batch may change of a reply: nothing if it is batch invariant, else only what a counted near tie explains."""
 
+import math
 import random
 from typing import Any
 
@@ -123,13 +124,14 @@ def test_choices_without_a_near_tie_survive_rounding(seed: int, spacing: float, 
     logits = torch.randn(5, 12, generator=torch.Generator().manual_seed(seed)) * spacing
     draw = KeyedDraw(seed, 0, 0, chosen)
     choice, log_probability = draw.tokens(logits, 0, positions)
-    kept = draw.smallest(log_probability, 2)
+    kept, sure = draw.smallest(log_probability, 2), draw.above(log_probability, math.log(0.3))
     for other in range(5):
         turned = KeyedDraw(seed, 0, 0, chosen)
         turned_choice, turned_log_probability = turned.tokens(perturbed(chosen, logits, other), 0, positions)
         if not draw.n_near_ties:
             assert torch.equal(turned_choice, choice)
             assert torch.equal(turned.smallest(turned_log_probability, 2), kept)
+            assert torch.equal(turned.above(turned_log_probability, math.log(0.3)), sure)
 
 
 def test_near_ties_are_counted() -> None:
@@ -144,6 +146,8 @@ def test_near_ties_are_counted() -> None:
     draw.smallest(torch.tensor([0.5, 0.5]), 2)
     draw.tokens(torch.zeros(3, 1), 0, positions)
     assert draw.n_near_ties == 2
+    assert draw.above(torch.tensor([-1.0 + NEAR_TIE / 2, 0.0, -2.0]), -1.0).tolist() == [True, True, False]
+    assert draw.n_near_ties == 3
 
 
 def test_cuts_that_rounding_could_move_are_near_ties() -> None:

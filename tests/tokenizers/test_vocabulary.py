@@ -6,16 +6,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omniform.tokenizers.base import Discrete
-from omniform.tokenizers.vocabulary import N_SPECIAL, Vocabulary, VocabularyError
+from omniform.tokenizers.vocabulary import N_GAPS, N_SPECIAL, Vocabulary, VocabularyError, gap_marker, mode_marker
 
 NAMES = st.lists(st.sampled_from(["image", "speech", "video", "depth"]), unique=True, max_size=4)
 SIZES = st.builds(Discrete, st.integers(1, 40), st.integers(1, 3))
+MODES = st.lists(st.sampled_from(["r", "s", "x", "fill"]), unique=True, max_size=4)
 
 
 @st.composite
 def vocabularies(draw: st.DrawFn) -> Vocabulary:
     sizes = {name: draw(SIZES) for name in draw(NAMES)}
-    return Vocabulary(draw(st.integers(1, 100)), sizes, [name for name in sizes if draw(st.booleans())])
+    free = [name for name in sizes if draw(st.booleans())]
+    return Vocabulary(draw(st.integers(1, 100)), sizes, free, draw(MODES))
+
+
+def markers(vocabulary: Vocabulary) -> dict[str, int]:
+    """Ids of the markers of modes and gaps, by name."""
+    gaps = map(gap_marker, range(N_GAPS)) if vocabulary.modes else ()
+    return {name: vocabulary.begin("text", name) for name in (*gaps, *map(mode_marker, vocabulary.modes))}
 
 
 def n_codes(vocabulary: Vocabulary, name: str) -> int:
@@ -28,6 +36,8 @@ def test_codes_and_ids_are_a_bijection_and_ranges_are_disjoint(vocabulary: Vocab
     seen: set[int] = {vocabulary.end, vocabulary.pad, vocabulary.mask}
     seen |= {vocabulary.begin(name) for name in vocabulary.names}
     assert len(seen) == 3 + len(vocabulary.names)
+    seen |= set(markers(vocabulary).values())
+    assert len(seen) == 3 + len(vocabulary.names) + len(markers(vocabulary))
     for name in vocabulary.names:
         codes = torch.arange(n_codes(vocabulary, name))
         ids = vocabulary.to_ids(name, codes)
@@ -73,6 +83,7 @@ def test_foreign_codes_and_ids_are_refused(vocabulary: Vocabulary, name: str, nu
 def test_records_round_trip_and_hashes_tell_vocabularies_apart(a: Vocabulary, b: Vocabulary) -> None:
     assert Vocabulary.from_json(json.loads(json.dumps(a.to_json()))) == a
     same = a.text_size == b.text_size and list(a.modalities.items()) == list(b.modalities.items())
+    same &= a.modes == b.modes
     same &= all((a.end_of(name) is None) == (b.end_of(name) is None) for name in a.names if name in b.names)
     assert (a == b) == same
     assert (a.digest() == b.digest()) == same
@@ -95,8 +106,36 @@ def test_the_hash_of_a_given_layout_never_changes() -> None:
     assert digest == "350d2d5f79fb90dc5188a596638f66af32c988a84a6cd3b4069c6463ff7841f5"
 
 
+@given(vocabularies(), st.sampled_from(["z", "y"]))
+def test_a_mode_more_moves_no_id_and_one_less_marker_is_refused(vocabulary: Vocabulary, mode: str) -> None:
+    free = [name for name in vocabulary.modalities if vocabulary.end_of(name) is not None]
+    more = Vocabulary(vocabulary.text_size, vocabulary.modalities, free, [*vocabulary.modes, mode])
+    assert more.size == vocabulary.size
+    assert more.next_span_range == vocabulary.next_span_range
+    assert markers(vocabulary).items() <= markers(more).items()
+    assert all(more.begin(name) == vocabulary.begin(name) for name in vocabulary.names)
+    assert all(more.target_range(name) == vocabulary.target_range(name) for name in vocabulary.names)
+    assert more.begin("text", gap_marker(N_GAPS + 3)) == more.begin("text", gap_marker(3))
+    with pytest.raises(VocabularyError, match=f"no marker 'mode:{mode}'"):
+        vocabulary.begin("text", mode_marker(mode))
+
+
+@pytest.mark.parametrize("modes", [["r", "r"], [f"m{number}" for number in range(28)]])
+def test_modes_are_named_once_and_fit_their_places(modes: list[str]) -> None:
+    with pytest.raises(VocabularyError, match="expected"):
+        Vocabulary(10, {"image": Discrete(4)}, modes=modes)
+
+
+def test_a_vocabulary_without_modes_keeps_the_hash_of_its_first_records() -> None:
+    assert "modes" not in Vocabulary(1000, {"image": Discrete(64)}).to_json()
+    record = Vocabulary(1000, {"image": Discrete(64)}, modes=["r"]).to_json()
+    del record["modes"]
+    with pytest.raises(VocabularyError, match="hashes to"):
+        Vocabulary.from_json(record)
+
+
 def test_every_id_has_a_readable_name() -> None:
-    vocabulary = Vocabulary(10, {"image": Discrete(4)})
+    vocabulary = Vocabulary(10, {"image": Discrete(4)}, modes=["r"])
     names = [vocabulary.describe(i) for i in range(vocabulary.size)]
     assert len(set(names)) == vocabulary.size
     assert names[3] == "text[3]"

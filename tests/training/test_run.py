@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,6 +167,31 @@ def test_a_way_is_learnt_and_taken_by_the_model(config_file: Path, tmp_path: Pat
     assert losses["loss/text"] > 0 < losses["loss/image"]
 
 
+def test_a_mixture_of_denoisers_trains_and_its_folder_fills_gaps(config_file: Path, tmp_path: Path) -> None:
+    """The markers of the modes are those of training: the folder's vocabulary is built from the same config."""
+    overrides = [
+        "model.denoisers={r: {kind: spans}, s: {kind: prefix, given: bidirectional}, fill: middle}",
+        "data.sources.0.tasks={text~r: 1, text~s: 1, text~fill: 1, text->image: 1}",
+        "steps=2",
+        "log.samples_every=0",
+    ]
+    model = omniform.load(train(config_file, overrides, tmp_path / "run"))
+    assert model.network.vocabulary.modes == ("r", "s", "fill")
+    asked: list[dict[str, Any]] = [{"suffix": " seven"}, {"mode": "s"}, {"mode": "r"}]
+    for keywords in asked:
+        assert [part.modality for part in model.generate("a", seed=0, max_new_tokens=4, **keywords).parts] == ["text"]
+    losses = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert losses["loss/text"] > 0 < losses["loss/image"]
+
+
+def test_text_in_masked_blocks_trains_and_generates(config_file: Path, tmp_path: Path) -> None:
+    text = "{kind: masked, block_size: 4, schedule: linear, masking: independent, weighting: elbo, threshold: 0.9}"
+    overrides = [f"model.objectives.text={text}", "data.row_length=128", "steps=2", "log.samples_every=0"]
+    model = omniform.load(train(config_file, overrides, tmp_path / "run"))
+    reply = model.generate([], to=["text", "image", "text"], seed=0, max_new_tokens=8)
+    assert [part.modality for part in reply.parts] == ["text", "image", "text"]
+
+
 def test_model_card_names_what_was_joined(config_file: Path) -> None:
     join = "[{path: a, by: [digit], modalities: [image, text]}, {path: b, by: [digit], modalities: [image]}]"
     config = parse_config(TrainConfig, config_file.read_text(), [f"data.sources.0.join={join}"])
@@ -256,6 +282,7 @@ def test_dry_run_writes_nothing_and_counts_what_is_built(
             "through={image: {image: text}}",
             r"through\.image\.image is text, but no source that is drawn has the task image->text\+image",
         ),
+        ("data.sources.0.tasks={text~z: 1}", r"the task text~z of train needs model\.denoisers\.z; there is none"),
         ("data.sources.1.weight=0", r"data\.sources\.1: train-text has the weight 0 in the whole run"),
     ],
 )
