@@ -43,7 +43,7 @@ from omniform.data.tally import Tally
 from omniform.modeling.denoisers import Denoiser
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.sequence import MultimodalSequence, Part, Role, document_length
-from omniform.tokenizers.base import Modality
+from omniform.tokenizers.base import Modality, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
 
 
@@ -264,7 +264,7 @@ class TrainingData:
             # Where the cuts are depends on the draw, how many rows there are does not: any key tells.
             codes = [torch.zeros(spans[place][1], dtype=torch.int64) for place, _ in used]
             cut = [part for one in codes for part in self._cut(task, one, 0)]
-            described = [(part.modality, len(part.tokens.codes), part.role) for part in cut]
+            described = [(part.modality, len(part.tokens), part.role) for part in cut]
             return document_length(described, self._vocabulary, self._objectives)
         parts = [(*spans[place], role) for place, role in used if role is Role.TARGET or not unconditional]
         return document_length(parts, self._vocabulary, self._objectives, learn_order=task == INTERLEAVED)
@@ -280,7 +280,9 @@ class TrainingData:
             if role is Role.TARGET or not draws.unconditional[draw]
         ]
         if denoised(task):
-            parts = self._cut(task, parts[0].tokens.codes, key)
+            text = parts[0].tokens
+            assert isinstance(text, Tokens), "texts alone are denoised"
+            parts = self._cut(task, text.codes, key)
         return MultimodalSequence.build(parts, self._vocabulary, self._objectives, key, learn_order=task == INTERLEAVED)
 
     def _cut(self, task: str, codes: Int[Tensor, "N"], key: int) -> list[Part]:

@@ -9,6 +9,7 @@ from omniform.modeling.config import ModelConfig
 from omniform.modeling.denoisers import Denoiser, Middle
 from omniform.modeling.generation_config import SamplingSettings
 from omniform.modeling.sequence import Part
+from omniform.tokenizers.base import Tokens
 from omniform.tokenizers.vocabulary import gap_marker
 
 
@@ -35,7 +36,7 @@ class Filling:
             given: the text before the gap, and the one after it if there is a suffix.
         """
         suffix_first = isinstance(self.denoiser, Middle) and self.denoiser.suffix_first_rate == 1
-        pieces = [part.tokens.codes for part in given]
+        pieces = [part.tokens.codes for part in given if isinstance(part.tokens, Tokens)]
         return self.denoiser.context("text", pieces, self.mode, suffix_first=suffix_first)
 
 
