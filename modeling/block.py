@@ -1,7 +1,9 @@
 """The decoder block: attention, then a feed-forward layer, each added to what it reads; where the norms stand."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from omniform.kernels.attention import Mask
 from omniform.modeling.config import DecoderConfig, TopK
@@ -22,6 +24,9 @@ class Block(nn.Module):
     Deviations: every norm is an RMSNorm; queries and keys are normalised as well where `qk_norm` says so, and dropout
     comes after all norms of f.
 
+    With `config.timestep` "adaln", what f reads of rows that have a time is scaled and shifted by it, after its norm;
+    see `Modulation`.
+
     Args:
         n_experts: number of modalities, where each has a feed-forward layer of its own; else None.
     """
@@ -37,6 +42,7 @@ class Block(nn.Module):
         self.feed_forward = _feed_forward(config, n_experts)
         self.feed_forward_out_norm = RMSNorm(config.dim, config.norm_eps) if sandwich else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
+        self.modulation = Modulation(config.dim) if config.timestep == "adaln" else None
 
     def forward(
         self,
@@ -45,12 +51,14 @@ class Block(nn.Module):
         mask: Mask,
         cache: KeyValueCache | None,
         routing: Routes | RoutingTally | None = None,
+        conditions: Float[Tensor, "B L D"] | None = None,
     ) -> Float[Tensor, "B L D"]:
         """Return the rows after this block.
 
         Args:
             routing: the expert of each row, where modalities have their own; who is told what routers choose, if
                 anyone, where there are routers.
+            conditions: what modulates each row; zeros leave it alone.
         """
 
         def attend(rows: Tensor) -> Tensor:
@@ -67,9 +75,29 @@ class Block(nn.Module):
             case "hybrid":
                 x = self.feed_forward_norm(x + attend(x))
                 return x + feed(x)
+            case _ if self.modulation is not None and conditions is not None:
+                scale, shift, feed_scale, feed_shift = self.modulation(conditions)
+                x = x + attend(torch.addcmul(shift, self.attention_norm(x), 1 + scale))
+                return x + feed(torch.addcmul(feed_shift, self.feed_forward_norm(x), 1 + feed_scale))
             case _:
                 x = x + attend(self.attention_norm(x))
                 return x + feed(self.feed_forward_norm(x))
+
+
+class Modulation(nn.Module):
+    """Scales and shifts of a block's two sublayers, from what is known of each row besides its contents.
+
+    Source: adaLN of DiT (arXiv:2212.09748), with weights of 0 to begin with, so that it changes nothing then;
+    deviations: each row has its own condition, there is no bias, so that rows without one stay as they are, and no gate
+    on the residual, which those rows would need too.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(dim, 4 * dim, bias=False)
+
+    def forward(self, conditions: Float[Tensor, "B L D"]) -> tuple[Float[Tensor, "B L D"], ...]:
+        return self.project(F.silu(conditions)).chunk(4, dim=-1)
 
 
 def _feed_forward(config: DecoderConfig, n_experts: int | None) -> nn.Module:

@@ -124,6 +124,8 @@ class DecoderConfig:
         qk_norm: normalise queries and keys per head (arXiv:2405.09818 shows it essential for mixed modalities).
         norm: where the norms of a block stand; see `Block`.
         init: how weights begin; see `initialise`. "magneto" with norm "sub_ln", else "gpt2", unless given.
+        timestep: how rows of vectors know how noisy they are: "input" adds it to the row (as in arXiv:2408.11039),
+            "adaln" scales and shifts what every sublayer reads of the row (see `Modulation`).
         experts: "shared": all rows go through the same feed-forward layers; "modality": each modality's rows through
             their own, in every block, while attention stays shared, see `ModalityExperts`; a `TopK`: each row through
             the few that a router chooses.
@@ -139,6 +141,7 @@ class DecoderConfig:
     qk_norm: bool = True
     norm: Literal["pre", "post", "sandwich", "sub_ln", "hybrid"] = "pre"
     init: Literal["gpt2", "normal", "ds", "magneto"] | None = None
+    timestep: Literal["input", "adaln"] = "input"
     experts: AnyExperts = "shared"
     norm_eps: float = Field(default=1e-5, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -167,6 +170,11 @@ class DecoderConfig:
     def _check_norm(self) -> "DecoderConfig":
         if self.norm == "hybrid" and not self.qk_norm:
             raise ValueError("norm is hybrid, which normalises queries and keys, with qk_norm: false: leave it true")
+        if self.timestep == "adaln" and self.norm in ("post", "hybrid"):
+            raise ValueError(
+                f"timestep is adaln, which modulates the norms that sublayers begin with, with norm: {self.norm}: choose "
+                "norm pre, sandwich or sub_ln, or timestep: input"
+            )
         if self.init == "magneto" and self.norm != "sub_ln":
             raise ValueError(
                 f"init is magneto, whose gain is derived for norm: sub_ln, with norm: {self.norm}: change one of them"

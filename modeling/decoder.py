@@ -35,6 +35,7 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         expert_ids: Int[Tensor, "B N"] | None = None,
         tally: RoutingTally | None = None,
+        conditions: Float[Tensor, "B N D"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         """Return the hidden states of the N rows given.
 
@@ -44,6 +45,7 @@ class Decoder(nn.Module):
             expert_ids: which expert each of the N rows goes through, 0 to n_experts - 1; read only where modalities
                 have their own.
             tally: is told what routers choose; only where there are routers.
+            conditions: what modulates each row, where `config.timestep` is "adaln"; zeros leave it alone.
         """
         routing: Routes | RoutingTally | None = tally
         if self.n_experts is not None:
@@ -52,5 +54,5 @@ class Decoder(nn.Module):
         rotary = rotary_angles(position_ids, self.config.dim_per_head, self.config.rope_theta)
         hidden = embeddings
         for block in self.blocks:
-            hidden = block(hidden, rotary, mask, cache, routing)
+            hidden = block(hidden, rotary, mask, cache, routing, conditions)
         return self.norm(hidden)

@@ -11,6 +11,7 @@ STD = 0.02
 _IN_BLOCK = re.compile(r"decoder\.blocks\.(\d+)\.")
 _TO_RESIDUAL = ("attention.out.weight", "down.weight")
 _GAINED = ("attention.value.weight", "attention.out.weight", "up.weight", "down.weight")
+_OFF_AT_FIRST = "modulation.project.weight"
 _PLAIN = ("attention.query.weight", "attention.key.weight", "gate.weight")
 
 
@@ -26,7 +27,7 @@ def initialise(model: nn.Module, config: DecoderConfig) -> None:
                 feed-forward layers' `up` and `down` (Magneto, arXiv:2210.06423, for decoders; deviation:
                 the gate, which Magneto's layers have not got, has no gain, or the product of both would have it twice)
 
-    Embeddings, heads and routers are never other than 0.02, but routers under ds. Vectors stay as they are made.
+    What modulates blocks by time is 0 to begin with. Embeddings, heads and routers are never other than 0.02, but routers under ds. Vectors stay as they are made.
 
     Args:
         model: whose blocks are `decoder.blocks`.
@@ -35,6 +36,9 @@ def initialise(model: nn.Module, config: DecoderConfig) -> None:
     for parameter in matrices.values():
         nn.init.normal_(parameter, std=STD)
     for name, parameter in matrices.items():
+        if name.endswith(_OFF_AT_FIRST):
+            nn.init.zeros_(parameter)
+            continue
         inside = _IN_BLOCK.match(name)
         n_outputs, n_inputs = parameter.shape
         match config.initialisation:

@@ -45,8 +45,8 @@ class ContinuousInterface(nn.Module):
     """Embedding and head of all continuous modalities whose tokens have as many numbers, and need as many to predict.
 
     A token enters through a linear layer, and its time, from 0 for data to 1 for noise, through sinusoids and two
-    layers, as the timesteps of DiT (arXiv:2212.09748) do; deviation: it is added to the row itself, so that every row
-    has a time of its own.
+    layers, as the timesteps of DiT (arXiv:2212.09748) do. Every row has a time of its own; whether it is added to the row or
+    modulates the blocks, `DecoderConfig.timestep` says.
 
     Args:
         channels: numbers per token.
@@ -63,9 +63,11 @@ class ContinuousInterface(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def embed(self, values: Float[Tensor, "M C"], times: Float[Tensor, "M"]) -> Float[Tensor, "M D"]:
-        """Return the rows that the decoder reads."""
-        return self.inward(values) + self.time(sinusoids(times))
+    def embed(
+        self, values: Float[Tensor, "M C"], times: Float[Tensor, "M"]
+    ) -> tuple[Float[Tensor, "M D"], Float[Tensor, "M D"]]:
+        """Return vectors and times as the decoder reads them."""
+        return self.inward(values), self.time(sinusoids(times))
 
     def outputs(self, hidden: Float[Tensor, "M D"]) -> Float[Tensor, "M W"]:
         """Return what the objective asks for."""

@@ -185,6 +185,10 @@ class UnifiedModel(nn.Module):
                     f"model.objectives.{name}.block_size is {objective.block_size}, but all spans of {name} have one "
                     "length: leave it out; blocks are for spans that end themselves"
                 )
+        if config.decoder.timestep == "adaln" and not any(o.continuous for o in config.objectives.values()):
+            raise ConfigError(
+                "model.decoder.timestep is adaln, but no modality is made of vectors, which alone have times: leave it out"
+            )
         self.config, self.vocabulary = config, vocabulary
         self.interface = DiscreteInterface(vocabulary.size, config.decoder.dim)
         self.continuous = nn.ModuleDict()
@@ -270,12 +274,10 @@ class UnifiedModel(nn.Module):
         else:
             mask = pattern.render(MaskForm.DENSE, n_queries=token_ids.shape[1])
         embeddings = self.interface.embed(token_ids)
-        for name in self.vocabulary.names:
-            if (key := self._representation(name)) is not None:
-                embeddings = _placed(embeddings, self.continuous[key], (vectors or {}).get(name))
+        embeddings, conditions = self._read_vectors(embeddings, vectors or {})
         if self.position_embedding is not None:
             embeddings = embeddings + self.position_embedding(modality_ids, span_positions)
-        return self.decoder(embeddings, position_ids, mask, cache, modality_ids, tally)
+        return self.decoder(embeddings, position_ids, mask, cache, modality_ids, tally, conditions)
 
     def logits(self, hidden: Float[Tensor, "*M D"], ids: IdRange) -> Float[Tensor, "*M W"]:
         """Return the logits of the ids in the range, for the hidden states given."""
@@ -311,6 +313,30 @@ class UnifiedModel(nn.Module):
             assert isinstance(block.feed_forward, TopKExperts)
             block.feed_forward.balance(load)
 
+    def _read_vectors(
+        self, embeddings: Float[Tensor, "B N D"], vectors: Mapping[str, ContinuousRows]
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"] | None]:
+        """Put vectors in place of the embeddings of their rows, and return what modulates each row too, if anything
+        does."""
+        conditions = torch.zeros_like(embeddings) if self.config.decoder.timestep == "adaln" else None
+        for name in self.vocabulary.names:
+            if (key := self._representation(name)) is None:
+                continue
+            held, interface = vectors.get(name), self.continuous[key]
+            assert isinstance(interface, ContinuousInterface)
+            if held is None or not len(held):
+                if torch.is_inference_mode_enabled():
+                    continue
+                # Under ZeRO-3 all ranks gather its weights together; what this gives adds exactly 0.
+                nothing = torch.zeros(1, interface.channels + 1, device=embeddings.device)
+                value, time = interface.embed(nothing[:, 1:], nothing[:, 0])
+            else:
+                value, time = interface.embed(held.values, held.times)
+            embeddings = _placed(embeddings, value if conditions is not None else value + time, held)
+            if conditions is not None:
+                conditions = _placed(conditions, time, held)
+        return embeddings, conditions
+
     def _representation(self, modality: str) -> str | None:
         """Return the name of the interface of a continuous modality; None for one of codes."""
         channels = self.vocabulary.channels_of(modality)
@@ -320,16 +346,10 @@ class UnifiedModel(nn.Module):
 
 
 def _placed(
-    embeddings: Float[Tensor, "B N D"], interface: nn.Module, vectors: ContinuousRows | None
+    rows: Float[Tensor, "B N D"], found: Float[Tensor, "M D"], vectors: ContinuousRows | None
 ) -> Float[Tensor, "B N D"]:
-    """Put vectors in place of the embeddings of their rows."""
-    assert isinstance(interface, ContinuousInterface)
+    """Put what was found of vectors in the place of their rows; without any, what a dummy gave adds exactly 0."""
+    found = found.to(rows.dtype)
     if vectors is None or not len(vectors):
-        if torch.is_inference_mode_enabled():
-            return embeddings
-        # Under ZeRO-3 all ranks gather its weights together. Part of the graph, and exactly 0.
-        nothing = torch.zeros(1, interface.channels + 1, device=embeddings.device)
-        row = interface.embed(nothing[:, 1:], nothing[:, 0])[0].to(embeddings.dtype)
-        return embeddings + row.masked_fill(torch.ones_like(row, dtype=torch.bool), 0.0)
-    rows = interface.embed(vectors.values, vectors.times).to(embeddings.dtype)
-    return embeddings.flatten(0, 1).index_copy(0, vectors.rows, rows).view_as(embeddings)
+        return rows + found[0].masked_fill(torch.ones_like(found[0], dtype=torch.bool), 0.0)
+    return rows.flatten(0, 1).index_copy(0, vectors.rows, found).view_as(rows)

@@ -246,3 +246,35 @@ def test_continuous_modalities_take_no_ids_and_records_bring_them_back(vocabular
     assert len(vocabulary.target_range("image")) == 0
     assert [vocabulary.channels_of(name) for name in vocabulary.names] == [None, 3, None, 3]
     assert Vocabulary.from_json(vocabulary.to_json()) == vocabulary
+
+
+def test_times_modulate_their_own_rows_alone_and_nothing_at_first(
+    model_config: ModelConfig, vocabulary: Vocabulary
+) -> None:
+    config = replace(model_config, decoder=replace(model_config.decoder, timestep="adaln"))
+    model = UnifiedModel(config, vocabulary).eval()
+
+    def found(time: float) -> torch.Tensor:
+        parts = [text([1, 2], Role.CONTEXT), latents(0, Role.CONTEXT), text([3], Role.CONTEXT)]
+        batch = pack([[MultimodalSequence.build(parts, vocabulary, config.objectives)]], 13, vocabulary)
+        held = replace(batch.vectors["image"], times=torch.full((4,), time))
+        rows = (batch.token_ids, batch.modality_ids, batch.span_positions, batch.position_ids)
+        with torch.no_grad():
+            return model.hidden(*rows, batch.pattern, vectors={"image": held})[0]
+
+    assert torch.equal(found(0.0), found(1.0))
+    before = found(0.5)
+    for block in model.decoder.blocks:
+        torch.nn.init.normal_(block.modulation.project.weight, std=0.5)  # type: ignore[union-attr]
+    changed = (found(0.5) != before).any(-1)
+    # The text before reads nothing of it, the vectors are modulated, and the text after reads them.
+    assert changed.tolist() == [False] * 5 + [True] * 4 + [True] * 3 + [False]
+    assert (found(0.0) != found(1.0)).any(-1).tolist() == changed.tolist()
+
+
+def test_modulation_needs_times_and_norms_to_modulate(model_config: ModelConfig, vocabulary: Vocabulary) -> None:
+    with pytest.raises(ValidationError, match="timestep is adaln, which modulates the norms .* with norm: hybrid"):
+        DecoderConfig(timestep="adaln", norm="hybrid")
+    config = ModelConfig(decoder=DecoderConfig(timestep="adaln"), objectives={"text": NextToken()})
+    with pytest.raises(ConfigError, match="no modality is made of vectors"):
+        UnifiedModel(config, Vocabulary(50, {}))
