@@ -172,8 +172,8 @@ class DecoderConfig:
             raise ValueError("norm is hybrid, which normalises queries and keys, with qk_norm: false: leave it true")
         if self.timestep == "adaln" and self.norm in ("post", "hybrid"):
             raise ValueError(
-                f"timestep is adaln, which modulates the norms that sublayers begin with, with norm: {self.norm}: choose "
-                "norm pre, sandwich or sub_ln, or timestep: input"
+                "timestep is adaln, which modulates the norms that sublayers begin with, with norm: "
+                f"{self.norm}: choose norm pre, sandwich or sub_ln, or timestep: input"
             )
         if self.init == "magneto" and self.norm != "sub_ln":
             raise ValueError(
