@@ -27,7 +27,8 @@ def initialise(model: nn.Module, config: DecoderConfig) -> None:
                 feed-forward layers' `up` and `down` (Magneto, arXiv:2210.06423, for decoders; deviation:
                 the gate, which Magneto's layers have not got, has no gain, or the product of both would have it twice)
 
-    What modulates blocks by time is 0 to begin with. Embeddings, heads and routers are never other than 0.02, but routers under ds. Vectors stay as they are made.
+    What modulates blocks by time is 0 to begin with. Embeddings, heads and routers are never other than 0.02, but
+    routers under ds. Vectors stay as they are made.
 
     Args:
         model: whose blocks are `decoder.blocks`.
