@@ -26,19 +26,28 @@ _TILE, _STRIP, _GAP, _CAPTION_LINES, _LINE, _MARGIN = 128, 42, 2, 3, 14, 8
 _MAX_FRAMES = 10_000
 
 
-def info(folder: Path, index_dir: Path | None = None) -> dict[str, Any]:
+def info(
+    folder: Path, index_dir: Path | None = None, *, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Return what the data is and holds, as JSON values: recipe and sources if known, and per split the number of
     shards, samples and bytes, the spans by modality, samples with an image and no text, characters of text, sizes of
     images, seconds and rates of speech, frames, seconds and sizes of videos, as far as their files state them, and
     counts per digit label; and by reason how many samples or files cannot be read, and the first ones' keys. Only the
     headers of files are read: `verify` decodes them.
 
+    Args:
+        progress: called with the name of each folder before it is read.
+
     Raises:
         DataError: no shards, or shards without an index.
     """
     manifest = unseal(folder / MANIFEST, "build the data again") if (folder / MANIFEST).exists() else {}
     about = {key: value for key, value in manifest.items() if key not in ("files", "samples")}
-    splits = {name: _summary(reader) for name, reader in _splits(folder, index_dir)}
+    splits = {}
+    for name, reader in _splits(folder, index_dir):
+        if progress is not None:
+            progress(name)
+        splits[name] = _summary(reader)
     return {**about, "folder": str(folder), "splits": splits}
 
 

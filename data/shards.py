@@ -98,6 +98,8 @@ class ShardReader(Sequence[RawSample]):
     def __init__(self, folder: Path, index_dir: Path | None = None) -> None:
         self.folder = folder
         paths = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+        if not folder.exists():
+            raise DataError(f"{folder} does not exist: give the folder that holds the .tar shards, such as DIR/train")
         if not paths:
             raise DataError(f"{folder} holds no .tar shards: give the folder that holds them, such as DIR/train")
         self.shards: tuple[ShardIndex, ...] = tuple(read_index(path, index_dir) for path in paths)

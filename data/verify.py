@@ -1,6 +1,6 @@
 """Check data against its digests and name whatever changed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,21 +68,27 @@ class Report:
         return "\n".join([*map(str, self.problems), summary])
 
 
-def verify(folder: Path, index_dir: Path | None = None) -> Report:
+def verify(folder: Path, index_dir: Path | None = None, *, progress: Callable[[str], None] | None = None) -> Report:
     """Check every shard, index and manifest under `folder`, and that every sample can be read and its images, sounds
     and videos decoded.
 
     Any changed bit is found: the manifest and each index carry their own digest, and hold those of everything else.
 
+    Args:
+        progress: called with the name of what is read next: MANIFEST, whose files are digested, then each folder.
+
     Raises:
         DataError: there is nothing to verify.
     """
     report = Report()
+    progress = progress or (lambda name: None)
     folders = [folder] if (folder / MANIFEST).exists() else shard_folders(folder)
     if (folder / MANIFEST).exists():
+        progress(MANIFEST)
         report.problems += _manifest_problems(folder)
         folders = sorted({path.parent for path in folder.glob("*/*.tar")})
     for shard_folder in folders:
+        progress(shard_folder.name)
         indexes = None if index_dir is None else index_dir / shard_folder.relative_to(folder)
         seen: dict[str, Path] = {}
         for shard in sorted(shard_folder.glob("*.tar")):

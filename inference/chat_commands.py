@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omniform.errors import OmniformError
+from omniform.inference.protocol import split_names
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def parse_names(given: str, modalities: Iterable[str], anything: str) -> list[st
         OmniformError: no name, or one that the model has not.
     """
     known = [*modalities, anything]
-    names = [name for name in re.split(r"[,\s]+", given) if name]
+    names = split_names(given)
     for name in names:
         if name not in known:
             raise OmniformError(f"this model cannot answer with {name!r}, expected some of {', '.join(known)}")

@@ -1,6 +1,7 @@
 """What `omniform generate` does: prompt parts from the command line in, text and files out."""
 
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from omniform.inference.destination import Destination
 from omniform.inference.editing import outpaint
 from omniform.inference.generate import Model, load
 from omniform.inference.part_files import has_files, read_part, write_part
-from omniform.inference.protocol import ANY, ContentPart, DataPart, TextPart, parse_prompt
+from omniform.inference.protocol import ANY, ContentPart, DataPart, TextPart, parse_prompt, split_names
+from omniform.inference.terminal_text import harmless
 from omniform.tokenizers.image_files import MAX_BYTES, open_picture
 
 
@@ -57,6 +59,7 @@ def generate_files(
     Args:
         model: a model, or the folder to load it from.
         prompt: parts in order: text, or @file, or @@text for text that starts with an at sign.
+        to: names of modalities in order; one entry can hold several, with commas between.
         out: the file to write, whose suffix names the format; what is of another modality than that goes beside it,
             with the default suffix of its own, but text is only printed. Or a name without suffix, or a folder that
             exists, for files named omniform-SEED: these take text too. Names that several parts would have get a number
@@ -71,6 +74,7 @@ def generate_files(
     """
     if n < 1:
         raise OmniformError(f"n is {n}, expected at least 1 sample")
+    to = [name for entry in to for name in split_names(entry)]
     seed = secrets.randbits(63) if seed is None else seed
     destination = Destination.parse(out, seed)
     if isinstance(model, Path):
@@ -95,12 +99,15 @@ def generate_files(
 
 
 def read_argument(argument: str, model: Model) -> ContentPart:
-    """Turn one PROMPT argument into a part.
+    """Turn one PROMPT argument into a part; text that is the name of a file is so, but said to be on standard error.
 
     Raises:
         OmniformError: a file that is missing, unreadable, or of a kind that the model does not take.
     """
     if not argument.startswith("@") or argument.startswith("@@"):
+        if _names_a_file(argument):
+            name = harmless(argument)
+            print(f"{name} is taken as text; for the file write @{name}", file=sys.stderr)
         return parse_prompt(argument.removeprefix("@"))[0]
     path = Path(argument[1:])
     try:
@@ -108,6 +115,13 @@ def read_argument(argument: str, model: Model) -> ContentPart:
     except OmniformError as error:
         hint = "" if path.is_file() else "; write @@ for text that starts with an at sign"
         raise OmniformError(f"@{error}{hint}") from error
+
+
+def _names_a_file(argument: str) -> bool:
+    try:
+        return Path(argument).is_file()
+    except (OSError, ValueError):  # too long for a name, or of characters that no name has
+        return False
 
 
 def _text(part: ContentPart) -> str | None:

@@ -41,6 +41,8 @@ class Scored:
 
 def score_here(suite: CellScorer, cells: Sequence[str], sampling: Sampling) -> Scored:
     """Score cells one after the other, once it is known that their judges can be made."""
+    targets = dict.fromkeys(cell.partition("->")[2] for cell in cells)
+    print(f"fitting the judges for replies in {', '.join(targets)}", file=sys.stderr, flush=True)
     suite.prepare(cells)
     scored = Scored()
     for cell in cells:

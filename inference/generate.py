@@ -180,6 +180,11 @@ class Model:
         Raises:
             OmniformError: not a matrix of integers, no column, or an id that is not of the text tokenizer.
         """
+        if not isinstance(token_ids, Tensor):
+            raise OmniformError(
+                f"token_ids is a {type(token_ids).__name__}, expected a tensor of ids (B, L), such as "
+                'model.tokenizers["text"].encode("a seven").codes[None]'
+            )
         if token_ids.ndim != 2 or not token_ids.numel() or token_ids.is_floating_point():
             raise OmniformError(
                 f"token_ids has shape {tuple(token_ids.shape)} and dtype {token_ids.dtype}, expected integers of "

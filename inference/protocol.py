@@ -1,5 +1,6 @@
 """What goes in and what comes out: prompts, requests, events, replies."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -294,6 +295,11 @@ def parse_targets(to: str | Sequence[str], max_parts: int | None = None) -> Targ
     if max_parts is not None:
         raise OmniformError(f'max_parts is {max_parts}, which is for to="{ANY}": a list names its parts already')
     return Targets(names, len(names))
+
+
+def split_names(given: str) -> list[str]:
+    """Return the names in a text that was typed, with commas or spaces between them."""
+    return [name for name in re.split(r"[,\s]+", given) if name]
 
 
 def parse_seeds(seed: int | Sequence[int] | None, n_prompts: int, fresh: int) -> list[tuple[int, int]]:

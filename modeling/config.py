@@ -330,7 +330,7 @@ def _describe(error: ValidationError, cls: type) -> list[str]:
         elif entry["type"] == "value_error" and message.startswith("."):
             lines += [f"{path}{line}" for line in message.splitlines()]  # errors of an objective, paths below this one
         elif entry["type"] == "value_error":
-            lines.append(f"{path}: {message}" if path else message)
+            lines += (f"{path}: {message}" if path else message).splitlines()
         else:
             lines.append(f"{path}: {message}, not {entry['input']!r}")
     return lines

@@ -28,7 +28,8 @@ from torch import Tensor
 from omniform.errors import OmniformError
 from omniform.modeling.config import ModelConfig, dump_config, parse_config
 from omniform.modeling.model import UnifiedModel
-from omniform.tokenizers.base import Discrete, Modality, folder_digest
+from omniform.tokenizers.base import Discrete, Modality, TokenizerError, folder_digest
+from omniform.tokenizers.folder import read_kind
 from omniform.tokenizers.registry import load_modality
 from omniform.tokenizers.vocabulary import Vocabulary
 
@@ -146,6 +147,11 @@ def load_model_folder(folder: Path) -> LoadedModel:
         raise ModelFolderError(
             f"{folder} is no model folder, but the folder of a run that made one: give {folder / 'model'}"
         )
+    if not (folder / MANIFEST).exists() and (kind := _tokenizer_kind(folder)) is not None:
+        raise ModelFolderError(
+            f"{folder} holds a tokenizer ({kind}) and no model: give the folder of a model, such as the model/ that "
+            "`omniform train` or `omniform demo` writes"
+        )
     verify_manifest(folder)
     record = _read_json(folder / "config.json")
     if record.get("format") != "omniform" or record.get("format_version") != FORMAT_VERSION:
@@ -187,6 +193,15 @@ def load_model_folder(folder: Path) -> LoadedModel:
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise ModelFolderError(f"{folder / 'model.safetensors'} does not fit config.json beside it: {error}") from error
     return LoadedModel(model.eval(), tokenizers, _read_json(folder / "generation_config.json"))
+
+
+def _tokenizer_kind(folder: Path) -> str | None:
+    """Return the kind of the tokenizer that a folder holds, itself or as the run that trained it; None without one."""
+    inner = folder / "tokenizer"
+    try:
+        return read_kind(inner if inner.is_dir() else folder)
+    except TokenizerError:
+        return None
 
 
 def commit(draft: Path, final: Path) -> None:

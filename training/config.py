@@ -169,7 +169,6 @@ class FitConfig:
                 f"optim.kind is muon at engine.zero_stage {self.engine.zero_stage}, where no rank holds whole "
                 "matrices: choose engine.zero_stage 0, or optim.kind adamw"
             )
-        _check_warmup("optim", self.optim, "steps", self.steps)
         names = [stage.name for stage in self.stages]
         for place, stage in enumerate(self.stages):
             if stage.name in names[:place]:
@@ -177,20 +176,28 @@ class FitConfig:
             if stage.steps is None and place < len(self.stages) - 1:
                 raise ValueError(f"stages.{place}.steps: required, but not given; only the last stage may leave it out")
         taken = sum(stage.steps or 0 for stage in self.stages)
+        # Both at once: a short run of a long recipe meets both.
+        wrong = _warmup_problems("optim", self.optim, "steps", self.steps)
         if self.stages and self.stages[-1].steps is None and taken >= self.steps:
-            raise ValueError(
+            share = self.steps // len(names)
+            shares = " ".join(f"stages.{place}.steps={share}" for place in range(len(names) - 1))
+            wrong.append(
                 f"stages.{len(names) - 1}.steps: no steps are left for {names[-1]}; the stages before it take {taken} "
-                f"of steps = {self.steps}: raise steps, or lower theirs"
+                f"of steps = {self.steps}: raise steps, or lower theirs" + (f", such as {shares}" if share else "")
             )
-        if self.stages and self.stages[-1].steps is not None and taken != self.steps:
-            raise ValueError(
+        elif self.stages and self.stages[-1].steps is not None and taken != self.steps:
+            wrong.append(
                 f"stages take {taken} steps in all, expected steps = {self.steps}: change one of them, or leave out "
                 f"stages.{len(names) - 1}.steps"
             )
-        for place, stage in enumerate(self.stages):
-            if stage.learning_rate is not None:
+        else:
+            for place, stage in enumerate(self.stages):
+                if stage.learning_rate is None:
+                    continue
                 where = f"stages.{place}.learning_rate"
-                _check_warmup(where, stage.learning_rate, "the stage's steps", self.stage_steps(place))
+                wrong += _warmup_problems(where, stage.learning_rate, "the stage's steps", self.stage_steps(place))
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
     @property
@@ -325,9 +332,10 @@ class TrainConfig(FitConfig):
         return tuple(found)
 
 
-def _check_warmup(where: str, schedule: ScheduleConfig, what: str, steps: int) -> None:
-    if schedule.warmup_steps >= steps:
-        raise ValueError(
-            f"{where}.warmup_steps is {schedule.warmup_steps}, expected fewer than {what} = {steps}: "
-            "lower the one or raise the other"
-        )
+def _warmup_problems(where: str, schedule: ScheduleConfig, what: str, steps: int) -> list[str]:
+    if schedule.warmup_steps < steps:
+        return []
+    return [
+        f"{where}.warmup_steps is {schedule.warmup_steps}, expected fewer than {what} = {steps}: "
+        f"lower the one, such as {where}.warmup_steps={steps // 10}, or raise the other"
+    ]

@@ -1,5 +1,6 @@
 """Training of the unified model, from a YAML file to a model folder."""
 
+import difflib
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from omniform.training.loop import fit
 from omniform.training.model_task import ModelTask
 from omniform.training.run_folder import is_first_process, open_run_folder
 
+_CONFIGS = Path(__file__).parents[1] / "configs"
 ModelPreview = Callable[[LoadedModel, Path], None]
 
 
@@ -162,16 +164,30 @@ def _read(path: Path) -> str:
 
 def _load_tokenizer(name: str, folder: Path) -> Modality:
     if not folder.exists():
-        raise OmniformError(
-            f"tokenizers.{name} is {folder}, which does not exist: train it first, with "
-            f"`omniform tokenizer train CONFIG --out {folder.parent}`"
-        )
+        raise OmniformError(f"tokenizers.{name} is {folder}, which does not exist: {_instead(name, folder)}")
     tokenizer = load_modality(folder)
     if tokenizer.name != name:
         raise OmniformError(
             f"tokenizers.{name} is {folder}, which holds a tokenizer for {tokenizer.name}: expected one for {name}"
         )
     return tokenizer
+
+
+def _instead(name: str, folder: Path) -> str:
+    """Return what to do where a tokenizer's folder does not exist: give one of nearly that name, or make it."""
+    missing = next(path for path in (*reversed(folder.parents), folder) if not path.exists())
+    beside = [path.name for path in missing.parent.glob("*") if path.is_dir()]
+    if close := difflib.get_close_matches(missing.name, beside, n=1):
+        found = missing.with_name(close[0])
+        inner = found / folder.relative_to(missing)
+        return f"did you mean {inner if inner.exists() else found}?"
+    run = folder.parent if folder.name == "tokenizer" else folder
+    shipped = f"tokenizers/digits-{name}"
+    config = shipped if (_CONFIGS / f"{shipped}.yaml").exists() else "CONFIG"
+    return (
+        f"give one that does, such as runs/demo/tokenizers/{name} of `omniform demo`, or make it first, with "
+        f"`omniform tokenizer train {config} --out {run}`"
+    )
 
 
 def _free_disk(out: Path) -> int:

@@ -12,6 +12,7 @@ _HEAD = ("accuracy", "95% interval", "n", "chance", "ceiling", "of ceiling", "co
 _PARTS = {"digit": "digit", "motion": "motion", "held_out_pairs": "held-out pairs", "second_judge": "second judge"}
 # Five points of cividis (arXiv:1712.01662), which looks alike with and without colour blindness, dark to bright.
 _COLOURS = ((0, 32, 77), (65, 77, 107), (124, 123, 120), (188, 175, 111), (255, 234, 70))
+_OF_PARTS = "accuracy of ceiling (number of items), of each thing that a cell is to say"
 _LEGEND = (0.0, 0.25, 0.5, 0.7, 0.85, 0.93, 1.0)
 
 
@@ -29,7 +30,7 @@ def cells_as_text(metrics: Mapping[str, Any]) -> str:
     lines += [f"not scored, {reason}: {', '.join(missing)}" for reason, missing in _unscored(metrics).items()]
     lines += ["", *text_columns([("cell", *_HEAD), *((name, *_figures(cell)) for name, cell in cells.items())])]
     if parts := _part_rows(cells):
-        lines += ["", *text_columns([("cell", *_PARTS.values()), *parts])]
+        lines += ["", f"{_OF_PARTS}:", *text_columns([("cell", *_PARTS.values()), *parts])]
     for kind, figures in metrics.get("documents", {}).items():
         told = ", ".join(f"{name} {percent(figure['accuracy'])}" for name, figure in figures.items())
         lines.append(f"documents, {kind}: {told} of {next(iter(figures.values()))['n']}")
@@ -220,7 +221,7 @@ def _parts(cells: Cells) -> str:
     ]
     return (
         "<h3>Digit and motion</h3>"
-        + table(("", *_PARTS.values()), rows, "Accuracy of ceiling (how many), of each thing that a cell is to say.")
+        + table(("", *_PARTS.values()), rows, f"{_OF_PARTS.capitalize()}.")
         + '<p class="note">Held-out pairs are digits with motions that training never shows together; both must be '
         f"right.{second}{''.join(f' {told}.' for told in goes_on)}</p>"
     )

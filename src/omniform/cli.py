@@ -134,7 +134,7 @@ def generate(
     to: Annotated[
         list[str] | None,
         typer.Option(
-            help="Modality to generate, such as text, image, speech or video. Repeat it for several; any: the model "
+            help="Modality to generate, such as text, image, speech or video. Several: image,speech; any: the model "
             "chooses. (default: text, or image with --image)"
         ),
     ] = None,
@@ -181,9 +181,9 @@ def generate(
 
     omniform generate runs/demo/model @seven.wav --to video --out seven.mp4
 
-    omniform generate runs/demo/model "a seven" --to speech --to image --out seven
+    omniform generate runs/demo/model "a seven" --to speech,image --out seven
 
-    omniform generate runs/demo/model "a one" --image seven.png --mask left-half.png --out one.png
+    omniform generate runs/demo/model "a one" --image seven.png --strength 0.7 --out one.png
     """
     from omniform.inference.command import generate_files
 

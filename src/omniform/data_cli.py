@@ -1,5 +1,6 @@
 """The `omniform data` commands. Each body imports what it calls, so that `--help` never waits for numpy."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,11 @@ data_app = typer.Typer(help="Build, check and look at training data.", no_args_i
 
 IndexDir = Annotated[Path | None, typer.Option(help="Where the indexes lie, if not beside the shards.")]
 DataDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards (.tar), or of folders of shards.")]
+
+
+def _say(name: str) -> None:
+    """Print what is being read as it begins: a world takes a while."""
+    print(harmless(f"reading {name or '.'}"), file=sys.stderr, flush=True)
 
 
 @data_app.command("build")
@@ -32,11 +38,16 @@ def data_build(
 
 
 @data_app.command("info")
-def data_info(folder: DataDir, index_dir: IndexDir = None) -> None:
-    """Print what a folder of shards is and holds, as JSON."""
+def data_info(folder: DataDir, index_dir: IndexDir = None, as_json: Json = False) -> None:
+    """Print what a folder of shards is and holds: samples, spans of each modality, seconds of sound and video."""
     from omniform.data.inspect import info
+    from omniform.data_report import info_as_text
 
-    print_json(info(folder, index_dir))
+    found = info(folder, index_dir, progress=_say)
+    if as_json:
+        print_json(found)
+    else:
+        print(harmless(info_as_text(found)))
 
 
 @data_app.command("verify")
@@ -44,7 +55,7 @@ def data_verify(folder: DataDir, index_dir: IndexDir = None, as_json: Json = Fal
     """Check every bit against the stored digests; status 1 and the names of shard and sample if one differs."""
     from omniform.data.verify import verify
 
-    report = verify(folder, index_dir)
+    report = verify(folder, index_dir, progress=_say)
     if as_json:
         print_json(report.to_json())
     else:

@@ -36,7 +36,7 @@ from omniform.inference.generate import Model
 from omniform.inference.tokenizer_evaluation import evaluate_tokenizer
 from omniform.modeling.folder import MANIFEST as MODEL_MANIFEST
 from omniform.modeling.folder import commit, load_model_folder
-from omniform.preview import draw_samples
+from omniform.preview import PROMPTS, draw_samples
 from omniform.report import write_report
 from omniform.training.run import train
 from omniform.training.run_folder import lock_folder
@@ -186,7 +186,7 @@ def demo_stages(out: Path, size: str) -> list[Stage]:
 
     folders = {name: out / "tokenizers" / name for name in MODALITIES}
     made = [folder / file for folder in folders.values() for file in ("tokenizer", "evaluation/tokenizer.json")]
-    evaluated = (out / "metrics.json", out / "samples.json", out / "samples/images.png")
+    evaluated = (out / "metrics.json", out / "samples.json", out / "samples/images.png", out / "samples" / PROMPTS)
     of_tokenizers = [[recipes[name] for name in MODALITIES], limit]
     return [
         Stage("data", [__version__, digits.VERSION, copies, takes], (data / "manifest.json",), build),

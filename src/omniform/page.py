@@ -18,7 +18,8 @@ body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background:
 section { scroll-margin-top: 1rem; }
 h1 { font-size: 1.9rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
-p, .note { max-width: 46rem; } ul.note { padding-left: 1.2rem; } .note { color: var(--quiet); font-size: .92rem; }
+p, .note { max-width: 46rem; } ul.note, ol.note { padding-left: 1.2rem; }
+.note { color: var(--quiet); font-size: .92rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
 .tile { background: var(--panel); border-radius: .6rem; padding: .8rem 1rem; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.3; white-space: nowrap; }
@@ -41,8 +42,10 @@ figcaption em { font-style: normal; font-weight: 600; color: var(--right); } .wr
 figure .pair { display: flex; flex-wrap: wrap; align-items: center; gap: .45rem; }
 .pair div { display: flex; align-items: center; gap: .45rem; }
 .pair span, .turns span { font-size: .88rem; line-height: 1.35; } .pair b { color: var(--quiet); }
-video { width: 96px; height: 96px; image-rendering: pixelated; display: block; border-radius: .25rem; }
-.pair img, .pair video { width: 80px; height: 80px; }
+/* Higher than its picture by the controls, which then stand below it. */
+video { width: 128px; height: 176px; object-fit: contain; object-position: top; image-rendering: pixelated;
+  display: block; border-radius: .25rem; }
+.pair img { width: 80px; height: 80px; }
 .heat { border-collapse: separate; border-spacing: 3px; table-layout: fixed; width: 100%; min-width: 40rem; }
 .heat th { text-align: center; border: 0; } .heat tbody th { font-weight: 600; width: 5.5rem; }
 .heat td { padding: 0; border: 0; border-radius: .4rem; text-align: center; white-space: normal; }
@@ -58,6 +61,7 @@ video { width: 96px; height: 96px; image-rendering: pixelated; display: block; b
 .turns { display: flex; flex-wrap: wrap; align-items: center; gap: .6rem; }
 .turns audio, .pair audio { width: 11rem; flex: none; }
 .media { display: flex; flex-wrap: wrap; gap: .8rem; margin: .4rem 0; } .media audio { width: 15rem; height: 2.2rem; }
+.media video { width: 192px; height: 240px; } .media q { display: block; font-size: .88rem; }
 .wide { max-width: 100%; image-rendering: pixelated; border-radius: .4rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem; }
 svg { width: 100%; height: auto; background: var(--panel); border-radius: .5rem; }

@@ -1,5 +1,6 @@
 """Samples of a model while it trains."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,19 @@ from PIL import Image
 
 from omniform.inference.generate import Model
 from omniform.inference.part_files import DEFAULT_SUFFIX, write_part
-from omniform.inference.protocol import SpeechPart
+from omniform.inference.protocol import SpeechPart, TextPart, parse_prompt
 from omniform.modeling.folder import LoadedModel
 
 _SCALE, _COLUMNS = 4, 10
 _N_MEDIA = 2  # sounds and videos: generating them is slower than drawing, and the model waits
+PROMPTS = "prompts.json"
 UNCONDITIONAL: tuple[object, ...] = ([],) * 10
 
 
 def draw_samples(loaded: LoadedModel, folder: Path, prompts: Sequence[object] = UNCONDITIONAL) -> None:
     """Write images.png with an image for each prompt, text.txt with what the model says about each of them, and
-    speech-K.wav and video-K.mp4 for the first two prompts, as far as the model has these modalities.
+    speech-K.wav and video-K.mp4 for the first two prompts, as far as the model has these modalities; and prompts.json,
+    {name of a file: its prompt as text}, of images.png a list of the prompts of each row.
 
     A model that has no images writes what it says about the prompts. Speech of no samples leaves no file. Seed 0: what
     differs from one time to the next is the model.
@@ -29,6 +32,8 @@ def draw_samples(loaded: LoadedModel, folder: Path, prompts: Sequence[object] = 
     """
     model = Model(loaded)
     folder.mkdir(parents=True, exist_ok=True)
+    words = [_in_words(prompt) for prompt in prompts]
+    given: dict[str, object] = {}
     for modality in ("speech", "video"):
         if modality not in model.modalities:
             continue
@@ -37,13 +42,21 @@ def draw_samples(loaded: LoadedModel, folder: Path, prompts: Sequence[object] = 
             path.unlink(missing_ok=True)  # an earlier sample, if this one leaves no file
             if not (isinstance(part := reply.parts[0], SpeechPart) and not len(part.audio.samples)):
                 write_part(part, path)
+                given[path.name] = words[place]
     if "image" in model.modalities:
         images = [reply.images[0] for reply in model.generate_batch(prompts, "image", seed=0)]
         image_grid(images).save(folder / "images.png")
+        given["images.png"] = [words[first : first + _COLUMNS] for first in range(0, len(words), _COLUMNS)]
         prompts = images
     if "text" in model.modalities:
         lines = [" ".join(reply.text.split()) for reply in model.generate_batch(prompts, "text", seed=0)]
         (folder / "text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / PROMPTS).write_text(json.dumps(given, indent=1) + "\n", encoding="utf-8")
+
+
+def _in_words(prompt: object) -> str:
+    """Return the texts of a prompt, and in brackets the modalities of what is no text."""
+    return " ".join(part.text if isinstance(part, TextPart) else f"[{part.modality}]" for part in parse_prompt(prompt))
 
 
 def image_grid(images: Sequence[Image.Image], columns: int = _COLUMNS, scale: int = _SCALE) -> Image.Image:

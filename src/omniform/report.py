@@ -9,7 +9,7 @@ from typing import Any
 from omniform.cell_report import arrow, cells_section, modalities_of, of_ceilings
 from omniform.charts import line_chart
 from omniform.data.sealed import write_atomically
-from omniform.page import data_url, interval, medium, page, percent, table, tiles
+from omniform.page import data_url, interval, medium, page, percent, shortened, table, tiles
 from omniform.sample_report import documents_grid, samples_section
 from omniform.tokenizer_report import tokenizer_section
 
@@ -65,7 +65,8 @@ def _headline(metrics: Mapping[str, Any], stages: Mapping[str, Any], note: str) 
         "<header><h1>One small transformer, trained here</h1><p>It learnt from scratch, on this machine, to turn "
         f"{', '.join(names)} and {last} that tell of a digit into one another. Everything below was measured on the "
         f"{html.escape(metrics['split'])} split: wordings, voices and blocks of drawings (a proxy for writers) that it "
-        "never met.</p>"
+        "never met. Each way from one of these to one of these is a cell; its ceiling is what the judge gets right of "
+        "the real data.</p>"
         f"{f'<p><strong>{html.escape(note)}</strong></p>' if note else ''}{tiles(entries)}</header>"
     )
 
@@ -74,20 +75,34 @@ def _drawn(folder: Path) -> str:
     shown = _preview(folder, "what the model made")
     if not shown:
         return ""
-    return f'{shown}<p class="note">From words that training never put together so.</p>'
+    return f'<p class="note">Made from words that training never put together so, which stand below.</p>{shown}'
 
 
 def _preview(folder: Path, description: str) -> str:
     """Show what `draw_samples` left in a folder."""
-    picture = folder / "images.png"
+    picture, record = folder / "images.png", folder / "prompts.json"
+    prompts = _read_json(record) if record.exists() else {}  # runs of earlier versions have none
     files = sorted(file for kind in ("speech-*", "video-*") for file in folder.glob(kind))
     parts = []
     if picture.exists():
         parts.append(f'<p><img class="wide" src="{data_url(picture)}" alt="{html.escape(description)}: pictures"></p>')
+        rows = (f"<li>{_row_prompts(row)}</li>" for row in prompts.get(picture.name, ()))
+        parts.append(f'<p class="note">Row by row:</p><ol class="note">{"".join(rows)}</ol>' if prompts else "")
     if files:
-        shown = (medium(data_url(file), f"{description}: {file.stem}") for file in files)
+        told = (_prompt(prompts[file.name]) if file.name in prompts else "" for file in files)
+        players = (medium(data_url(file), f"{description}: {file.stem}") for file in files)
+        shown = (f"<div>{player}{words}</div>" for player, words in zip(players, told, strict=True))
         parts.append(f'<div class="media">{"".join(shown)}</div>')
     return "".join(parts)
+
+
+def _row_prompts(row: Sequence[str]) -> str:
+    """Return the first and the last prompt of a row of pictures."""
+    return " to ".join(map(_prompt, [row[0], row[-1]][: len(row)]))
+
+
+def _prompt(words: str) -> str:
+    return f"<q>{html.escape(shortened(words))}</q>" if words else "no prompt"
 
 
 def _documents(metrics: Mapping[str, Any], path: Path) -> str:

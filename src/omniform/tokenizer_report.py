@@ -21,7 +21,7 @@ _WORDS = {
     "ci95": "95%",
 }
 _KINDS = {
-    "as it came": "As they came: the first of each class",
+    "as it came": "As they came: the first",
     "lost": "Lost: the judge knew the original, and not what came back",
     "worst": "Worst by distortion",
     "best": "Best by distortion",
@@ -148,7 +148,8 @@ def _examples(folder: Path) -> str:
     parts = []
     for kind, title in _KINDS.items():
         if shown := [_example(entry, folder / "examples") for entry in entries if entry["kind"] == kind]:
-            parts.append(f'<h4>{html.escape(title)}</h4><div class="grid broad">{"".join(shown)}</div>')
+            of_classes = " of each class" if kind == "as it came" and any(map(_said, entries)) else ""
+            parts.append(f'<h4>{html.escape(title + of_classes)}</h4><div class="grid broad">{"".join(shown)}</div>')
     return "".join(parts)
 
 
@@ -169,7 +170,7 @@ def _example(entry: Mapping[str, Any], folder: Path) -> str:
     if "picture" in entry:
         kind = "spectrogram" if "before" in entry else "film"
         media.append(f'<img class="{kind}" src="{data_url(folder / entry["picture"])}" alt="before and after">')
-    judged = {key: value for key, value in entry.items() if isinstance(value, Mapping)}
+    judged = _said(entry)
     wrong = any(said["after"] != said["right"] for said in judged.values())
     verdicts = [f"{_label(name)}: {said['before']}, then {said['after']}" for name, said in judged.items()]
     told = "".join(f"<br><em>{html.escape(verdict)}</em>" for verdict in verdicts)
@@ -177,3 +178,8 @@ def _example(entry: Mapping[str, Any], folder: Path) -> str:
         f"<figure{' class=wrong' if wrong else ''}>{''.join(media)}<figcaption>{html.escape(', '.join(words))}{told}"
         "</figcaption></figure>"
     )
+
+
+def _said(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what each judge says of an example; nothing where there are no judges."""
+    return {key: value for key, value in entry.items() if isinstance(value, Mapping)}

@@ -307,7 +307,8 @@ def test_what_cannot_be_trained_on_is_refused_before_it_starts(
     for path, tasks, message in (
         ("large", {"text->speech": 1.0}, "needs a tokenizer for 'speech'"),
         ("large", {"text->text": 1.0}, "holds no sample for the task text->text"),
-        ("nowhere", BOTH, "holds no .tar shards"),
+        ("nowhere", BOTH, "nowhere does not exist"),
+        ("", BOTH, "holds no .tar shards"),
     ):
         with pytest.raises(DataError, match=message):
             make(sources=(SourceConfig(path=tmp_path / path, tasks=tasks),))

@@ -144,8 +144,10 @@ def test_any_flipped_bit_of_a_world_is_found(world: Path, data: st.DataObject) -
 
 
 def test_an_intact_world_passes_and_every_bit_of_its_manifest_counts(world: Path) -> None:
-    report = verify(world)
+    read: list[str] = []
+    report = verify(world, progress=read.append)
     assert report.ok
+    assert read == ["manifest.json", *sorted({path.parent.name for path in world.glob("*/*.tar")})]
     manifest = world / "manifest.json"
     counts = json.loads(manifest.read_bytes())["samples"]
     assert (report.n_shards, report.n_samples) == (len(list(world.glob("*/*.tar"))), sum(counts.values()))
@@ -213,7 +215,9 @@ def test_sealed_json_opens_only_as_written(tmp_path: Path, content: dict, data: 
 
 
 def test_info_counts_what_was_written_and_preview_draws_it(world: Path, tmp_path: Path) -> None:
-    facts = info(world)
+    read: list[str] = []
+    facts = info(world, progress=read.append)
+    assert read == list(facts["splits"])
     assert {name: split["samples"] for name, split in facts["splits"].items()} == json.loads(
         (world / "manifest.json").read_text()
     )["samples"]

@@ -208,9 +208,10 @@ def test_text_logits_are_those_that_generation_reads(omni: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    "token_ids", [torch.tensor([1, 2]), torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 2), torch.tensor([[256]])]
+    "token_ids",
+    [torch.tensor([1, 2]), torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, 2), torch.tensor([[256]]), ["a seven"]],
 )
-def test_text_logits_refuse_other_ids(omni: Model, token_ids: torch.Tensor) -> None:
+def test_text_logits_refuse_other_ids(omni: Model, token_ids: Any) -> None:
     with pytest.raises(OmniformError, match="expected"):
         omni.text_logits(token_ids)
 

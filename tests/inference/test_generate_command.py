@@ -35,6 +35,24 @@ def test_text_at_signs_and_files(omni: Model, tmp_path: Path, picture: Path) -> 
     assert part.image.tobytes() == Image.open(picture).tobytes()
 
 
+def test_text_that_names_a_file_is_said_to_be_text(
+    omni: Model, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_argument(str(picture), omni) == TextPart(str(picture))
+    assert capsys.readouterr().err == f"{picture} is taken as text; for the file write @{picture}\n"
+    for argument in (f"@{picture}", "a seven", "x" * 5000, "a\0b"):
+        read_argument(argument, omni)
+    assert capsys.readouterr().err == ""
+
+
+def test_names_can_stand_in_one_text_with_commas(four: Model, tmp_path: Path) -> None:
+    found = [
+        [(output.modality, output.text) for output in generate_files(four, ["a"], to, tmp_path / "a", seed=1)]
+        for to in (["image,text"], ["image", "text"])
+    ]
+    assert found[0] == found[1]
+
+
 def test_a_file_prompts_as_its_picture_does(omni: Model, picture: Path) -> None:
     [output] = generate_files(omni, ["what is", f"@{picture}"], seed=4)
     assert output.text == omni.generate(["what is", Image.open(picture)], seed=4).text

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,14 @@ def test_another_format_version_is_refused(folder: Path) -> None:
 def test_no_folder_says_what_to_expect(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match="no model folder"):
         load_model_folder(tmp_path / "none")
+
+
+def test_a_tokenizer_is_told_from_a_model(folder: Path, tmp_path: Path) -> None:
+    tokenizer = folder / "tokenizers" / "text"
+    shutil.copytree(tokenizer, tmp_path / "run" / "tokenizer")
+    for given in (tokenizer, tmp_path / "run"):
+        with pytest.raises(ModelFolderError, match=f"{given} holds a tokenizer .* and no model: give the folder of a"):
+            load_model_folder(given)
 
 
 def test_the_folder_around_a_model_is_told_from_the_model(folder: Path) -> None:

@@ -56,9 +56,10 @@ def test_text_tells_motion_pairs_second_judges_and_documents_where_there_are_any
     found["cells"]["text->speech"] = {**CELL, **unknown, "second_judge": {**own, "name": "x"}}
     found["documents"] = {"counting": {"named": own, "drawn": own}}
     lines = cells_as_text(found).splitlines()
-    assert [" ".join(line.split()) for line in lines[-6:-1]] == [
+    assert [" ".join(line.split()) for line in lines[-7:-1]] == [
         "text->speech - - 0 10.0% - - 25.0% (12.5%; 100.0%)",
         "",
+        "accuracy of ceiling (number of items), of each thing that a cell is to say:",
         "cell digit motion held-out pairs second judge",
         "text->video 70.0% of 90.0% (9) 70.0% of 90.0% (9) 70.0% of 90.0% (9) -",
         "text->speech - - - 70.0% of 90.0% (9)",

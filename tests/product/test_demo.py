@@ -170,8 +170,10 @@ def test_tiny_demo_goes_all_the_way_and_what_it_suggests_works(tmp_path: Path, m
 
 
 def shown_commands() -> list[list[str]]:
-    blocks = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("omniform ")]
+    # Both fences from the start of a line, of any language: else a block's end is taken for a block's beginning.
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    plain = "".join(block for language, block in blocks if not language).replace("\\\n", " ")
+    lines = [line for line in plain.splitlines() if line.startswith("omniform ")]
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 

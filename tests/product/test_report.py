@@ -265,6 +265,20 @@ def test_training_is_shown_per_modality_with_stages_and_learning_rate(tmp_path: 
     assert page.text.count("<all>") == page.text.count("pairs") - page.text.count("held-out pairs") == 5
 
 
+def test_what_the_model_made_of_words_stands_beside_them(tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    prompts: dict[str, Any] = {"images.png": [["one", "two", "three"], [HOSTILE]]}
+    for modality, name in {"image": "images.png", "speech": "speech-0.flac", "video": "video-0.mp4"}.items():
+        (folder / name).write_bytes(base64.b64decode(media()[modality][modality].partition(",")[2]))
+        prompts.setdefault(name, f"{modality} of <words>")
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    page = Page(report(tmp_path, metrics=metrics_of(CELLS), samples={}))
+    assert not page.open
+    for told in ("one to three", HOSTILE[:80], "speech of <words>", "video of <words>"):
+        assert told in page.text
+
+
 def test_what_the_model_made_on_the_way_plays(tmp_path: Path) -> None:
     parts, suffixes = media(), {"speech": "wav", "video": "mp4"}
     for step in (20, 100):

@@ -127,6 +127,13 @@ def test_long_texts_are_shown_about_where_they_part(evaluated: Path) -> None:
     assert "after: " + "x" * 40 + "there" in content
 
 
+def test_first_examples_are_said_to_be_of_each_class_where_there_is_a_judge(evaluated: Path) -> None:
+    plain = {"kind": "as it came", "place": 0, "digit": 3, "before_text": "a", "after_text": "a"}
+    for entry, title in ((plain, "the first"), ({**plain, "judge": SAID}, "the first of each class")):
+        (evaluated / "examples.json").write_text(json.dumps([entry]))
+        assert f"<h4>As they came: {title}</h4>" in tokenizer_section(evaluated)
+
+
 def test_text_says_what_the_page_says() -> None:
     text = figures_as_text(FIGURES)
     assert text.splitlines()[0] == "Tokenizer of speech (speech_codec): 4 items of test-<speech>"

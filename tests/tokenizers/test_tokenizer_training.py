@@ -149,7 +149,7 @@ def test_configurations_that_cannot_be_used_are_refused(world: Path, tmp_path: P
         ({**config, "stepz": 4}, "stepz: unknown key; did you mean steps"),
         ({**config, "tokenizer": {"image_size": 18}}, "tokenizer: image_size is 18, expected a multiple of 4"),
         ({**config, "engine": {"precision": "bf16"}}, "choose bf16_autocast"),
-        ({**config, "data": str(tmp_path / "none")}, "none holds no .tar shards"),
+        ({**config, "data": str(tmp_path / "none")}, "none does not exist: give the folder that holds the .tar shards"),
         (
             {**config, "stages": [{"name": "a", "loss_weights": {"txet": 1.0}}]},
             "txet: no such loss term",

@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -146,3 +147,13 @@ def test_average_of_constant_weights_is_the_weights_from_the_first_step() -> Non
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert torch.equal(optimizer.state[module.weight]["ema"], before)
+
+
+def test_all_that_a_short_run_breaks_is_said_at_once_and_what_it_advises_works() -> None:
+    text = "name: x\nsteps: 500\nstages: [{name: a, steps: 200}, {name: b}]\noptim: {warmup_steps: 30}"
+    with pytest.raises(ConfigError) as caught:
+        parse_config(FitConfig, text, ["steps=10"])
+    advised = re.findall(r"such as (\S+=\d+)", str(caught.value))
+    assert len(str(caught.value).splitlines()) == 3
+    assert len(advised) == 2
+    assert parse_config(FitConfig, text, ["steps=10", *advised]).steps == 10

@@ -302,6 +302,20 @@ def test_tokenizer_under_another_name_is_refused(config_file: Path, tmp_path: Pa
         train(config_file, swapped, tmp_path / "run")
 
 
+def test_a_tokenizer_that_does_not_exist_is_answered_with_one_that_does(config_file: Path, tmp_path: Path) -> None:
+    image = Path(yaml.safe_load(config_file.read_text())["tokenizers"]["image"])
+    nearly = image.with_name("imag")
+    inner = image.with_name("tex") / "tokenizer"
+    for name, given, advice in (
+        ("image", nearly, f"did you mean {image}\\?"),
+        ("text", inner, f"did you mean {image.with_name('text')}/tokenizer\\?"),
+        ("image", tmp_path / "x" / "tokenizer", f"tokenizer train tokenizers/digits-image --out {tmp_path}/x`"),
+        ("smell", tmp_path / "x", f"tokenizer train CONFIG --out {tmp_path}/x`"),
+    ):
+        with pytest.raises(OmniformError, match=rf"tokenizers\.{name} is {given}, which does not exist: .*{advice}"):
+            train(config_file, [f"tokenizers.{name}={given}"], tmp_path / "run", dry_run=True)
+
+
 def test_changed_config_names_the_change(config_file: Path, trained: tuple[Path, list]) -> None:
     with pytest.raises(RunFolderError, match=r"-seed: 0\n\+seed: 1"):
         train(config_file, ["seed=1"], trained[0])
