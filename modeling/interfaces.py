@@ -45,8 +45,8 @@ class ContinuousInterface(nn.Module):
     """Embedding and head of all continuous modalities whose tokens have as many numbers, and need as many to predict.
 
     A token enters through a linear layer, and its time, from 0 for data to 1 for noise, through sinusoids and two
-    layers, as the timesteps of DiT (arXiv:2212.09748) do. Every row has a time of its own; whether it is added to the row or
-    modulates the blocks, `DecoderConfig.timestep` says.
+    layers, as the timesteps of DiT (arXiv:2212.09748) do. Every row has a time of its own; whether it is added to the
+    row or modulates the blocks, `DecoderConfig.timestep` says.
 
     Args:
         channels: numbers per token.
