@@ -187,7 +187,8 @@ class UnifiedModel(nn.Module):
                 )
         if config.decoder.timestep == "adaln" and not any(o.continuous for o in config.objectives.values()):
             raise ConfigError(
-                "model.decoder.timestep is adaln, but no modality is made of vectors, which alone have times: leave it out"
+                "model.decoder.timestep is adaln, but no modality is made of vectors, which alone have times: leave it "
+                "out"
             )
         self.config, self.vocabulary = config, vocabulary
         self.interface = DiscreteInterface(vocabulary.size, config.decoder.dim)

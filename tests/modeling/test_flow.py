@@ -273,7 +273,7 @@ def test_times_modulate_their_own_rows_alone_and_nothing_at_first(
 
 
 def test_modulation_needs_times_and_norms_to_modulate(model_config: ModelConfig, vocabulary: Vocabulary) -> None:
-    with pytest.raises(ValidationError, match="timestep is adaln, which modulates the norms .* with norm: hybrid"):
+    with pytest.raises(ValidationError, match=r"timestep is adaln, which modulates the norms .* with norm: hybrid"):
         DecoderConfig(timestep="adaln", norm="hybrid")
     config = ModelConfig(decoder=DecoderConfig(timestep="adaln"), objectives={"text": NextToken()})
     with pytest.raises(ConfigError, match="no modality is made of vectors"):

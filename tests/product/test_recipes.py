@@ -1,0 +1,63 @@
+"""The recipes: what docs/recipes.json says of them is well-formed, and each trains, is stored and draws at tiny size."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import omniform
+from omniform.cli import app
+from omniform.data import digits
+from omniform.modeling.config import parse_config
+from omniform.training.config import TrainConfig
+from omniform.training.tokenizer_task import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD: list[dict[str, Any]] = json.loads((ROOT / "docs" / "recipes.json").read_text(encoding="utf-8"))
+RECIPES = sorted({entry["recipe"] for entry in RECORD})
+TINY = ("steps=3", "optim.warmup_steps=1", "rows_per_step=2", "engine.micro_batch_rows=2", "log.every=1")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data and tokenizers that the recipes name, made in a few steps."""
+    place = tmp_path_factory.mktemp("recipes")
+    digits.build_digits(place / "runs" / "demo" / "data", copies=1, limit=20)
+    data = place / "runs" / "demo" / "data"
+    texts = [str(data / name) for name in ("train", "train-text", "train-documents")]
+    short = (f"data={data}/train", "steps=3", "optim.warmup_steps=1", "rows_per_step=4", "engine.micro_batch_rows=4")
+    for name, folder, overrides in (
+        ("text", "demo/tokenizers/text", (f"data={json.dumps(texts)}",)),
+        ("image", "demo/tokenizers/image", short),
+        ("image-latents", "digits-image-latents", short),
+    ):
+        config = ROOT / "configs" / "tokenizers" / f"digits-{name}.yaml"
+        train_tokenizer(config, overrides, place / "runs" / folder)
+    return place
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains_is_stored_and_draws(recipe: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    done = CliRunner().invoke(app, ["train", recipe, *TINY], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    model = omniform.load(workplace / "runs" / recipe / "model")
+    reply = model.generate("a handwritten seven", to="image", seed=0)
+    assert reply.images[0].size == (16, 16)
+    assert model.generate([reply.images[0]], to="text", seed=0).parts[0].modality == "text"
+
+
+@pytest.mark.parametrize("entry", RECORD, ids=lambda entry: f"{entry['recipe']}, {entry['metric']}")
+def test_what_is_recorded_of_a_recipe_is_whole(entry: dict[str, Any]) -> None:
+    assert set(entry) == {"recipe", "command", "steps", "metric", "value", "n", "chance", "ci95"}
+    config = parse_config(TrainConfig, (ROOT / "configs" / f"{entry['recipe']}.yaml").read_text(encoding="utf-8"))
+    assert config.steps == entry["steps"]
+    low, high = entry["ci95"]
+    assert entry["chance"] < low <= entry["value"] <= high <= 1
+    train, evaluate = (shlex.split(command) for command in entry["command"].split(" && "))
+    assert train == ["omniform", "train", entry["recipe"]]
+    assert evaluate[:3] == ["omniform", "eval", f"runs/{entry['recipe']}/model"]
+    assert evaluate[evaluate.index("--cells") + 1] == entry["metric"].split()[-1]
