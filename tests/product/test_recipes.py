@@ -1,4 +1,4 @@
-"""The recipes: what docs/recipes.json says of them is well-formed, and each trains, is stored and draws at tiny size."""
+"""Recipes: what docs/recipes.json says of them is well-formed, and each trains, is stored and draws at tiny size."""
 
 import json
 import shlex
