@@ -114,7 +114,7 @@ class JoinedSource:
         return self.base.spans(sample) + [other.spans(its)[place] for other, its, place in self._joined[sample]]
 
     def tokens(self, sample: int, place: int) -> Tokens | Latents:
-        """Return the codes of a sample's span at `place`, which is of a discrete modality."""
+        """Return the codes or vectors of a sample's span at `place`."""
         source, its_sample, its_place = self._find(sample, place)
         return source.tokens(its_sample, its_place)
 

@@ -74,7 +74,7 @@ def parse_filling(
             f"{named} asks {asked}, which this model has not learnt; {modes}: leave {named} out, or train one with "
             "such a denoiser (model.denoisers)"
         )
-    own, denoiser = found[0]
+    own, denoiser = next(((own, d) for own, d in found if d.suffix == (suffix is not None)), found[0])
     if denoiser.suffix != (suffix is not None):
         fills = "what stands between prompt and suffix: give a suffix" if denoiser.suffix else "what comes after a text"
         raise OmniformError(f"mode {own} fills {fills}" + ("" if denoiser.suffix else ": leave suffix out"))

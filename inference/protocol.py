@@ -102,7 +102,8 @@ class Reply:
         through: what was generated before them on the way from the prompt; see `GenerationConfig`.
         seed: with the same prompt, settings and model it gives the same reply again.
         n_near_ties: choices on the way that the rounding of logits could have turned (see `KeyedDraw`): with none,
-            the prompt has this reply in any batch. Those of routers (`model.decoder.experts: topk`) are not counted.
+            the prompt has this reply in any batch. Those of routers (`model.decoder.experts: topk`) are not counted,
+            and of parts made as vectors it says nothing.
     """
 
     parts: tuple[ContentPart, ...]

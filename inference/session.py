@@ -188,6 +188,8 @@ class Session:
         modality, plan, self.upcoming = self.upcoming, self.plan, None
         objective = objectives[modality]
         settings = (plan.through if len(self.generated) < len(plan.through) else plan.settings)[modality]
+        usual = SamplingSettings()
+        settings = dataclasses.replace(settings, **{name: getattr(usual, name) for name in objective.ignores})
         if grid is None:  # a begin marker and an end take their rows
             settings = dataclasses.replace(
                 settings, max_new_tokens=max(1, min(settings.max_new_tokens, self._room(vocabulary, objectives) - 2))

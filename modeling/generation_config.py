@@ -28,7 +28,7 @@ class SamplingSettings:
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     guidance_scale: float = Field(default=1.0, ge=0, le=1e6, allow_inf_nan=False)
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=10_000)
 
     @field_validator("temperature")
     @classmethod

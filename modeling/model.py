@@ -343,7 +343,8 @@ class UnifiedModel(nn.Module):
         channels = self.vocabulary.channels_of(modality)
         if channels is None:
             return None
-        return f"{channels}_to_{self.config.objectives[modality].n_outputs(channels)}"
+        objective = self.config.objectives[modality]
+        return f"{objective.kind}_{channels}_to_{objective.n_outputs(channels)}"
 
 
 def _placed(

@@ -109,7 +109,8 @@ class LogConfig:
     Attributes:
         samples_every: 0 writes no samples.
         gradient_norms: with metrics also the norm of each loss term's own gradient, at the last of their steps; such a
-            step takes one more backward pass for each term. Not with ZeRO-3, where no rank holds whole gradients.
+            step takes one more backward pass, and room for one more gradient in fp32, for each term. Not with ZeRO-3,
+            where no rank holds whole gradients.
     """
 
     every: int = Field(default=10, ge=1)

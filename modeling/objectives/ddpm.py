@@ -7,53 +7,47 @@ Transfusion (arXiv:2408.11039); DDIM (arXiv:2010.02502) for fewer steps. Here t 
 import copy
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from omniform.kernels.keyed_noise import keyed_uniform, stream
-from omniform.modeling.objectives.base import ContinuousRows, Corrupted, Draw, Objective, SpanState, TargetSpans
-from omniform.modeling.objectives.flow import SolverState, diffusion_schedule, noise_of, squared_error, values_or_noise
+from omniform.modeling.objectives.base import Corrupted, Draw, SpanState, TargetSpans
+from omniform.modeling.objectives.solved import Solved, SolverState, ddim_scheduler, noise_of, values_or_noise
 
 N_TIMES = 1000  # of the chain in training
+FIRST_TIME = 980  # of decoding: later ones hold hardly any data to tell from noise, and divide by nearly nothing
+MOST_STEPS = 250
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-class Ddpm(Objective):
+class Ddpm(Solved):
     """Noise prediction along x_t = sqrt(a_t) * data + sqrt(1 - a_t) * noise, where sqrt(a_t) is nearly cos(pi t / 2).
 
-    Training draws one of N_TIMES times per span. The loss of a token is the mean of the squared error over its
-    channels, as that of `Flow`.
+    Training draws one of N_TIMES times per span.
 
     Attributes:
         eta: how much of the noise a step of decoding renews: 0 none, so that the noise to begin with decides all
             (DDIM); 1 as much as the chain of DDPM.
-        steps: of decoding, unless the request says otherwise.
+        steps: of decoding, unless the request says otherwise, at most MOST_STEPS: every (N_TIMES // steps)-th time from
+            FIRST_TIME down, which are a few more or less where that rounds.
     """
 
     kind: Literal["ddpm"] = "ddpm"
-    weight: float = Field(default=1.0, gt=0)
     eta: float = Field(default=1.0, ge=0, le=1)
-    steps: int = Field(default=50, ge=1, le=N_TIMES)
-
-    bidirectional: ClassVar[bool] = True
-    corrupts: ClassVar[bool] = True
-    shift: ClassVar[int] = 0
-    commits: ClassVar[bool] = False
-    continuous: ClassVar[bool] = True
-    ignores: ClassVar[frozenset[str]] = frozenset({"temperature", "top_k", "top_p"})
+    steps: int = Field(default=50, ge=1, le=MOST_STEPS)
 
     def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
         """Mix every vector with keyed noise, at the time of its span."""
         assert targets.values is not None
         uniform = keyed_uniform(targets.noise_keys, stream("ddpm/time"), targets.span_numbers)
         place = np.floor(uniform * N_TIMES).astype(np.int64)[targets.span_index]
-        kept = _schedule().alphas_cumprod[torch.from_numpy(place)][:, None]
+        kept = _chain().alphas_cumprod[torch.from_numpy(place)][:, None]
         noise = noise_of(targets, "ddpm/noise")
         mixed = kept.sqrt() * targets.values + (1 - kept).sqrt() * noise
         times = torch.from_numpy(place / N_TIMES).float()
@@ -61,32 +55,13 @@ class Ddpm(Objective):
             targets.token_ids, np.ones(len(place), dtype=np.float32), values=mixed, times=times, labels=noise
         )
 
-    def loss(
-        self,
-        logits: Float[Tensor, "M W"],
-        labels: Int[Tensor, "M"] | Float[Tensor, "M C"],
-        weights: Float[Tensor, "M"],
-        z_loss: float = 0.0,
-    ) -> Float[Tensor, ""]:
-        """Return the sum of the weighted mean squared errors; `z_loss` does not apply."""
-        return squared_error(logits, labels, weights)
-
-    def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
-        """Open a span of `length` vectors, all noise until the first step."""
-        assert kept is None, "a span of vectors is made whole"
-        solver = copy.copy(_schedule())
-        solver.set_timesteps(min(steps or self.steps, N_TIMES))
-        return SolverState(torch.full((length,), mask_id), 0, len(solver.timesteps), solver=solver)
-
-    def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
-        """The whole span: its vectors see each other."""
-        return state.token_ids
-
-    def vectors(self, state: SpanState, channels: int, draw: Draw) -> ContinuousRows:
-        """Return the whole span at its present time."""
-        assert isinstance(state, SolverState)
-        n, time = len(state.token_ids), float(state.solver.timesteps[state.step]) / N_TIMES
-        return ContinuousRows(torch.arange(n), values_or_noise(state, channels, draw), torch.full((n,), time))
+    def scheduler(self, steps: int | None) -> Any:
+        """Return diffusers' DDIM scheduler at the beginning of its steps."""
+        scheduler = copy.copy(_chain())
+        scheduler.set_timesteps(min(steps or self.steps, MOST_STEPS))
+        # Its own spacings begin at pure noise, which divides by nearly nothing, or too late.
+        scheduler.timesteps = torch.arange(FIRST_TIME, -1, -(N_TIMES // scheduler.num_inference_steps))
+        return scheduler
 
     def step(
         self,
@@ -108,5 +83,5 @@ class Ddpm(Objective):
 
 
 @lru_cache(maxsize=1)
-def _schedule() -> Any:
-    return diffusion_schedule(N_TIMES)
+def _chain() -> Any:
+    return ddim_scheduler(N_TIMES)

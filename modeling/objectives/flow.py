@@ -6,20 +6,20 @@ the shift of Stable Diffusion 3 (arXiv:2403.03206), in one decoder with text as 
 """
 
 import copy
-from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from omniform.kernels.keyed_noise import keyed_normal, keyed_uniform, stream
-from omniform.modeling.objectives.base import ContinuousRows, Corrupted, Draw, Objective, SpanState, TargetSpans
+from omniform.modeling.objectives.base import Corrupted, Draw, SpanState, TargetSpans
+from omniform.modeling.objectives.solved import Solved, SolverState, flow_scheduler, noise_of, values_or_noise
 
 
 def shifted(t: npt.NDArray[np.float64], shift: float) -> npt.NDArray[np.float64]:
@@ -30,22 +30,11 @@ def shifted(t: npt.NDArray[np.float64], shift: float) -> npt.NDArray[np.float64]
     return shift * t / (1 + (shift - 1) * t)
 
 
-@plain_dataclass(frozen=True)
-class SolverState(SpanState):
-    """A span on its way from noise to data.
-
-    Attributes:
-        solver: a scheduler of diffusers, which has done `step` of its steps.
-    """
-
-    solver: Any = None
-
-
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-class Flow(Objective):
+class Flow(Solved):
     """Velocity prediction along x_t = (1 - t) * data + t * noise, whose velocity is noise - data.
 
-    Training draws one t per span. The loss of a token is the mean over its channels of the squared error.
+    Training draws one t per span.
 
     Attributes:
         times: how t is drawn in training: "uniform", or "logit_normal", the logistic function of a normal number with
@@ -58,20 +47,12 @@ class Flow(Objective):
     """
 
     kind: Literal["flow"] = "flow"
-    weight: float = Field(default=1.0, gt=0)
     times: Literal["uniform", "logit_normal"] = "logit_normal"
     mean: float = 0.0
     std: float = Field(default=1.0, gt=0)
     time_shift: float = Field(default=1.0, gt=0)
     solver: Literal["euler", "heun"] = "euler"
     steps: int = Field(default=25, ge=1)
-
-    bidirectional: ClassVar[bool] = True
-    corrupts: ClassVar[bool] = True
-    shift: ClassVar[int] = 0
-    commits: ClassVar[bool] = False
-    continuous: ClassVar[bool] = True
-    ignores: ClassVar[frozenset[str]] = frozenset({"temperature", "top_k", "top_p"})
 
     def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
         """Mix every vector with keyed noise, at the time of its span."""
@@ -87,37 +68,10 @@ class Flow(Objective):
         weights = np.ones(len(t), dtype=np.float32)
         return Corrupted(targets.token_ids, weights, values=mixed, times=t, labels=noise - targets.values)
 
-    def loss(
-        self,
-        logits: Float[Tensor, "M W"],
-        labels: Int[Tensor, "M"] | Float[Tensor, "M C"],
-        weights: Float[Tensor, "M"],
-        z_loss: float = 0.0,
-    ) -> Float[Tensor, ""]:
-        """Return the sum of the weighted mean squared errors; `z_loss` does not apply."""
-        return squared_error(logits, labels, weights)
-
-    def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
-        """Open a span of `length` vectors, all noise until the first step."""
-        assert kept is None, "a span of vectors is made whole"
-        solver = self._solver(steps or self.steps)
-        return SolverState(torch.full((length,), mask_id), 0, len(solver.timesteps), solver=solver)
-
-    def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
-        """The whole span: its vectors see each other."""
-        return state.token_ids
-
-    def vectors(self, state: SpanState, channels: int, draw: Draw) -> ContinuousRows:
-        """Return the whole span at its present time."""
-        assert isinstance(state, SolverState)
-        n = len(state.token_ids)
-        time = float(state.solver.timesteps[state.step]) / state.solver.config.num_train_timesteps
-        return ContinuousRows(torch.arange(n), values_or_noise(state, channels, draw), torch.full((n,), time))
-
     def step(
         self,
         state: SpanState,
-        logits: Float[Tensor, "R W"],
+        logits: Float[Tensor, "R *W"],
         first_id: int,
         end_id: int | None,
         mask_id: int,
@@ -131,60 +85,8 @@ class Flow(Objective):
         step = state.step + 1
         return replace(state, solver=solver, values=values, step=step, done=step == state.n_steps)
 
-    def _solver(self, steps: int) -> Any:
-        # diffusers takes seconds to import.
-        from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
-
-        sigmas = torch.from_numpy(shifted(np.linspace(1, 0, steps + 1), self.time_shift)).float()
-        solver: Any
-        if self.solver == "euler":
-            solver = FlowMatchEulerDiscreteScheduler()
-            solver.set_timesteps(sigmas=sigmas[:-1].tolist())
-        else:
-            solver = FlowMatchHeunDiscreteScheduler()
-            solver.set_timesteps(steps)
-            # Its own times end at 1 / 1000 of noise, and it cannot be given others.
-            twice = sigmas[1:-1].repeat_interleave(2)
-            solver.sigmas = torch.cat([sigmas[:1], twice, sigmas[-1:]])
-            solver.timesteps = solver.sigmas[:-1] * solver.config.num_train_timesteps
-        solver.set_begin_index(0)
-        return solver
-
-
-def squared_error(
-    outputs: Float[Tensor, "M C"], labels: Float[Tensor, "M C"], weights: Float[Tensor, "M"]
-) -> Float[Tensor, ""]:
-    """Return the sum over rows of the weighted mean squared error of their numbers; weight 0 adds exactly 0."""
-    losses = (outputs.float() - labels).square().mean(dim=-1)
-    return (losses * weights).where(weights > 0, 0.0).sum()
-
-
-def diffusion_schedule(n_times: int) -> Any:
-    """Return diffusers' DDIM scheduler of a chain of `n_times` with the cosine schedule, for noise prediction.
-
-    Its times of decoding leave out the last one, at which hardly any data is left to tell noise from.
-    """
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        n_times, beta_schedule="squaredcos_cap_v2", clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"
-    )
-
-
-def noise_of(targets: TargetSpans, name: str) -> Float[Tensor, "M C"]:
-    """Return standard normal noise for every number of some spans, keyed by sample, span, place and channel.
-
-    Args:
-        name: of this use of random numbers.
-    """
-    assert targets.values is not None
-    spans, channels = targets.span_index, np.arange(targets.values.shape[-1])
-    keys = (targets.noise_keys[spans, None], stream(name), targets.span_numbers[spans, None])
-    return torch.from_numpy(keyed_normal(*keys, targets.positions[:, None], channels)).float()
-
-
-def values_or_noise(state: SpanState, channels: int, draw: Draw) -> Float[Tensor, "N C"]:
-    """Return the span's vectors; before the first step the noise, which keys alone decide."""
-    if state.values is not None:
-        return state.values
-    return draw.normal(0, torch.arange(len(state.token_ids)), channels)
+    def scheduler(self, steps: int | None) -> Any:
+        """Return diffusers' scheduler of the method at the beginning of its steps."""
+        n_steps = steps or self.steps
+        sigmas = torch.from_numpy(shifted(np.linspace(1, 0, n_steps + 1), self.time_shift)).float()
+        return flow_scheduler(self.solver, sigmas)

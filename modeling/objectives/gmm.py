@@ -25,7 +25,8 @@ class MixtureObjective(Objective):
 
     Attributes:
         components: of a mixture.
-        min_scale: least standard deviation; GIVT's is 1e-6, but pixels that repeat exactly would then outweigh all.
+        min_scale: below every standard deviation; GIVT's is 1e-6, but pixels that repeat exactly would then outweigh
+            all.
     """
 
     weight: float = Field(default=1.0, gt=0)

@@ -185,10 +185,13 @@ class Masked(Objective):
         confidence = state.confidence[block].masked_scatter(masked, log_probability.double())
         candidates = wanted if self.remask else masked
         if self.threshold is not None:
-            candidates = candidates & ~draw.above(confidence, math.log(self.threshold))
+            # What the model says, whatever the temperature and the truncation under which the choice was drawn.
+            said = logits[masked].log_softmax(-1).gather(-1, choice[:, None])[:, 0]
+            sure = draw.above(confidence.masked_scatter(masked, said.double()), math.log(self.threshold))
+            candidates = candidates & ~sure
         n_left = min(n_left, n_masked - 1, int(candidates.sum()))
         if self.order == "random":
-            remask = draw.subset(candidates, n_left, state.step)
+            remask = draw.subset(candidates, n_left, state.n_final + state.step)
         else:
             noise = self.choice_temperature * left * draw.gumbel(state.step, positions)
             remask = draw.smallest((confidence + noise).masked_fill(~candidates, math.inf), n_left)

@@ -37,16 +37,16 @@ class Mixture:
     def of(cls, outputs: Float[Tensor, "M W"], components: int, min_scale: float) -> "Mixture":
         """Read the outputs of a head.
 
-        A scale is (x + sqrt(x^2 + 4)) / 2, positive and smooth, and at least `min_scale`: the density of data that
-        repeats exactly would grow without bound.
+        A scale is (x + sqrt(x^2 + 4)) / 2, positive and smooth, and `min_scale` more: the density of data that repeats
+        exactly would grow without bound. Deviation: GIVT takes the larger of the two, which no gradient moves again.
         """
         channels = (outputs.shape[-1] // components - 1) // 2
         logits, means, scales = outputs.float().split([components, *[components * channels] * 2], dim=-1)
         shape = (*logits.shape, channels)
         # Of a large negative x the sum would cancel to 0.
         root = (scales.square() + 4).sqrt()
-        scales = torch.where(scales < 0, 2 / (root - scales), (scales + root) / 2)
-        return cls(logits.log_softmax(-1), means.reshape(shape), scales.clamp(min=min_scale).reshape(shape))
+        scales = torch.where(scales < 0, 2 / (root - scales.clamp(max=0)), (scales.clamp(min=0) + root) / 2) + min_scale
+        return cls(logits.log_softmax(-1), means.reshape(shape), scales.reshape(shape))
 
     def log_density(self, values: Float[Tensor, "M C"]) -> Float[Tensor, "M"]:
         """Return the log-density of a row's values, in nats."""
@@ -76,7 +76,7 @@ def guided_sample(
     Rejection sampling with the conditional mixture, widened, as the proposal, as GIVT does for guidance; deviations: a
     fixed number of candidates, GUIDANCE_DRAWS, is drawn, and the largest ratio among them stands for the unknown bound,
     so that one is always accepted; and the scales of a vector of C numbers grow by 2 ** (1 / C), where GIVT doubles
-    each, or of many numbers no candidate would lie where the density is.
+    each, or of many numbers no candidate would lie where the density is. At temperature 0 all candidates are one.
     """
     n = GUIDANCE_DRAWS
     repeated = [
@@ -88,10 +88,13 @@ def guided_sample(
     wide = Mixture(repeated[0].log_weights, repeated[0].means, wider * repeated[0].scales)
     values = wide.sample(step, places, draw)
     temperature = draw.temperature or 1.0
-    proposal = Mixture(wide.log_weights, wide.means, wide.scales * temperature).log_density(values)
-    cooled = [Mixture(m.log_weights, m.means, m.scales * temperature).log_density(values) for m in repeated]
+    proposal, *cooled = (
+        Mixture((m.log_weights / temperature).log_softmax(-1), m.means, m.scales * temperature).log_density(values)
+        for m in (wide, *repeated)
+    )
     ratios = (cooled[1] + scale * (cooled[0] - cooled[1]) - proposal).view(-1, n)
     # Accepted with probability ratio / largest ratio; the first that is accepted is taken.
-    log_uniform = -torch.exp(-draw.gumbel(step, places)).view(-1, n)
+    # Negative steps are no step's: whoever orders contents by such noise takes other numbers.
+    log_uniform = -torch.exp(-draw.gumbel(-1 - step, places)).view(-1, n)
     accepted = ratios - ratios.amax(-1, keepdim=True) >= log_uniform
     return values.view(len(positions), n, -1)[torch.arange(len(positions)), accepted.int().argmax(-1)]

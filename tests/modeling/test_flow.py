@@ -219,7 +219,7 @@ def test_gradients_reach_every_weight_whatever_a_batch_lacks(model: UnifiedModel
 
 
 def test_modalities_of_one_representation_share_its_interface(model: UnifiedModel) -> None:
-    assert [*model.continuous] == ["3_to_3"]
+    assert [*model.continuous] == ["flow_3_to_3"]
 
 
 def test_objectives_and_tokens_of_another_kind_are_refused(model_config: ModelConfig, vocabulary: Vocabulary) -> None:

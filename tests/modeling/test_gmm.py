@@ -44,8 +44,12 @@ def test_scales_are_positive_smooth_and_bounded_below() -> None:
     raw = torch.tensor([-1e30, -1e4, -3.0, 0.0, 3.0, 1e4])
     found = Mixture.of(torch.stack([0 * raw, 0 * raw, raw], dim=-1), 1, 1e-6).scales.flatten()
     # (x + sqrt(x^2 + 4)) / 2 is exp(arsinh(x / 2)).
-    expected = np.exp(np.arcsinh(raw.double().numpy() / 2)).clip(1e-6)
+    expected = np.exp(np.arcsinh(raw.double().numpy() / 2)) + 1e-6
     np.testing.assert_allclose(found.double().numpy(), expected, rtol=1e-5)
+    raw.requires_grad_()
+    Mixture.of(torch.stack([0 * raw, 0 * raw, raw], dim=-1), 1, 1e-6).scales.sum().backward()
+    assert raw.grad is not None
+    assert raw.grad.isfinite().all()
 
 
 @given(st.integers(1, 4), st.integers(1, 3))
@@ -166,5 +170,19 @@ def test_the_entropy_of_a_gaussian_is_the_expected_loss_of_the_truth() -> None:
     labels = sigma * torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
     raw = sigma - 1 / sigma  # of which (x + sqrt(x^2 + 4)) / 2 is sigma
     made = torch.tensor([0.0, 0.0, 0.0, raw, raw]).repeat(n, 1)
-    loss = float(Gmm(components=1).loss(made, labels, torch.ones(n))) / n
+    loss = float(Gmm(components=1, min_scale=1e-9).loss(made, labels, torch.ones(n))) / n
     assert loss == pytest.approx(0.5 * math.log(2 * math.pi * math.e * sigma**2), abs=0.01)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_guidance_weighs_components_at_the_temperature_that_draws_them(temperature: float) -> None:
+    n, scale = 4000, 2.0
+    one, other = (
+        Mixture(torch.tensor(w).log().repeat(n, 1), torch.tensor([[-9.0], [9.0]]).repeat(n, 1, 1), torch.ones(n, 2, 1))
+        for w in ([0.6, 0.4], [0.5, 0.5])
+    )
+    draw = KeyedDraw(3, 0, 0, SamplingSettings(temperature=temperature, guidance_scale=scale))
+    values = guided_sample(one, other, scale, 0, torch.arange(n), draw)
+    # Components far apart: w1^s / w0^(s - 1), each to the power 1 / T.
+    odds = (0.6 / 0.4) ** (scale / temperature)
+    assert float((values < 0).double().mean()) == pytest.approx(odds / (1 + odds), abs=0.03)

@@ -1,8 +1,9 @@
 """Experts on two ranks that meet different modalities, against one process that meets them all in one pass.
 
 The file is also the program of those ranks: python test_expert_ranks.py OUT STAGE ... writes the weights of each ZeRO
-stage, with experts by modality and with experts that routers choose. Even rows of a step hold texts and pictures, odd
-ones speech, so that each rank lacks what the other one meets, and nobody meets videos.
+stage, with experts by modality and with experts that routers choose. Even rows of a step hold texts, pictures and
+depths, which are vectors, odd ones speech, so that each rank lacks what the other one meets; nobody meets videos and
+motion.
 """
 
 import itertools
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,10 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from omniform.modeling.config import DecoderConfig, ModelConfig, TopK
 from omniform.modeling.model import UnifiedModel, corrupt
+from omniform.modeling.objectives.flow import Flow
+from omniform.modeling.objectives.gmm import Gmm
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
 from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
-from omniform.tokenizers.base import Discrete, Tokens
+from omniform.tokenizers.base import Continuous, Discrete, Latents, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
 from omniform.training.config import EngineConfig, FitConfig, OptimConfig
 from omniform.training.engine import Engine
@@ -29,10 +33,20 @@ from omniform.training.expert_balance import balance_experts
 from omniform.training.step import train_step
 from omniform.training.task import MicroBatch
 
-ROWS, ROW_LENGTH, STEPS = 4, 16, 3
-VOCABULARY = Vocabulary(20, {"image": Discrete(8), "speech": Discrete(6), "video": Discrete(8)}, ["speech"])
-OBJECTIVES = {"text": NextToken(), "image": Masked(), "speech": NextToken(), "video": Masked()}
+ROWS, ROW_LENGTH, STEPS = 4, 24, 3
+CODES = {"image": Discrete(8), "speech": Discrete(6), "video": Discrete(8)}
+VOCABULARY = Vocabulary(20, {**CODES, "depth": Continuous(3), "motion": Continuous(2)}, ["speech"])
+OBJECTIVES = {
+    "text": NextToken(),
+    "image": Masked(),
+    "speech": NextToken(),
+    "video": Masked(),
+    "depth": Flow(),
+    "motion": Gmm(components=2),
+}
 KINDS = {"modality": "modality", "topk": TopK(n=5, k=2, balance_weight=0.5, z_weight=0.1, bias_rate=0.01)}
+
+TIMES: dict[str, Literal["adaln", "input"]] = {"modality": "adaln", "topk": "input"}
 
 
 def part(modality: str, codes: Sequence[int]) -> Part:
@@ -44,12 +58,15 @@ def row(step: int, place: int) -> MultimodalSequence:
     first, key = (step + place) % 5, 100 * step + place
     parts = [part("speech", [first, 1, 2])]
     if place % 2 == 0:
-        parts = [part("text", [first, 7, 9]), part("image", [first, 2, 4, 6])]
+        depth = Latents(torch.linspace(-1, first, 6).view(2, 3), (2,))
+        parts = [part("text", [first, 7, 9]), part("image", [first, 2, 4, 6]), Part("depth", depth, Role.TARGET)]
     return MultimodalSequence.build(parts, VOCABULARY, OBJECTIVES, key)
 
 
 def fresh_model(kind: str) -> UnifiedModel:
-    decoder = DecoderConfig(dim=12, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=10, experts=KINDS[kind])
+    decoder = DecoderConfig(
+        dim=12, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=10, experts=KINDS[kind], timestep=TIMES[kind]
+    )
     torch.manual_seed(0)
     return UnifiedModel(ModelConfig(decoder=decoder, objectives=OBJECTIVES), VOCABULARY)
 
@@ -114,7 +131,9 @@ def test_two_ranks_of_different_modalities_equal_one_process(
     both, expected = load_file(two / f"{kind}-z{stage}.safetensors"), one[kind]
     assert both.keys() == expected.keys()
     for name, weight in expected.items():
-        torch.testing.assert_close(both[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+        # AdamW steps as far for the smallest gradients, which rounding decides; of a rank left out it would be 0.05.
+        atol = 1e-3 if name.startswith("continuous.") or "modulation" in name else 1e-5
+        torch.testing.assert_close(both[name], weight, rtol=1e-4, atol=atol, msg=name)
 
 
 def test_routers_were_told_of_all_ranks(one: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -133,7 +152,7 @@ def test_the_expert_of_a_modality_that_nobody_meets_only_decays(one: dict[str, d
     for name, weight in one["modality"].items():
         if "feed_forward" in name:
             ratio = weight / before[name].detach()
-            absent = f"experts.{VOCABULARY.place_of('video')}" in name
+            absent = any(f"experts.{VOCABULARY.place_of(unmet)}." in name for unmet in ("video", "motion"))
             decayed = torch.full_like(ratio, (1 - 0.05 * 0.1) ** 3)  # AdamW: weight decay of 0.1 at lr 0.05
             assert torch.allclose(ratio, decayed) == absent, name
 
