@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from span_oracle import END, FIRST, MASK, SCHEDULES, OracleDraw, spans
 
+from omniform.inference.sampling import KeyedDraw
+from omniform.modeling.generation_config import SamplingSettings
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.objectives.masked import EARLIEST_TIME, Masked, Schedule, masked_fraction, masking_rate
 from omniform.modeling.objectives.next_token import NextToken
@@ -217,3 +219,21 @@ def test_input_dropout_hides_each_content_with_its_probability() -> None:
     hidden = NextToken(input_dropout=0.3).corrupt(clean, MASK).token_ids == MASK
     by_place = hidden.reshape(2000, 11)[:, :-1].mean(0)
     assert np.abs(by_place - 0.3).max() < 5 * math.sqrt(0.3 * 0.7 / 2000)
+
+
+def test_a_threshold_reads_what_the_model_says_and_not_what_truncation_leaves() -> None:
+    objective, draw = Masked(threshold=0.9, steps=4), KeyedDraw(0, 0, 0, SamplingSettings(top_k=1))
+    state = objective.begin(8, None, MASK)
+    state = objective.step(state, torch.arange(5.0).repeat(8, 1) / 100, FIRST, None, MASK, draw)  # sure of nothing
+    assert int((state.token_ids == MASK).sum()) == math.floor(masked_fraction(0.75) * 8)
+
+
+def test_blocks_are_decided_in_random_orders_of_their_own() -> None:
+    objective, draw = Masked(block_size=8, order="random", steps=8), KeyedDraw(0, 0, 0, SamplingSettings())
+    state, orders = objective.begin(16, None, MASK), list[int]()
+    while not state.done:
+        before, n_rows = state.token_ids == MASK, len(objective.inputs(state, 0))
+        state = objective.step(state, torch.zeros(n_rows, 5), FIRST, END, MASK, draw)
+        orders += (before & (state.token_ids != MASK)).nonzero().flatten().tolist()
+    assert sorted(orders) == [*range(16)]
+    assert orders[:8] != [place - 8 for place in orders[8:]]
