@@ -17,7 +17,9 @@ from omniform.training.tokenizer_task import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD: list[dict[str, Any]] = json.loads((ROOT / "docs" / "recipes.json").read_text(encoding="utf-8"))
+# Those that were trained for figures, and those that were not.
 RECIPES = sorted({entry["recipe"] for entry in RECORD})
+BUILT = ["chameleon", "cogvideo", "emu3", "maskgit", "mmada", "show-o2", "vl-gpt"]
 TINY = ("optim.warmup_steps=1", "rows_per_step=2", "engine.micro_batch_rows=2", "log.every=1")
 
 
@@ -33,6 +35,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("text", "demo/tokenizers/text", (f"data={json.dumps(texts)}",)),
         ("image", "demo/tokenizers/image", short),
         ("image-latents", "digits-image-latents", short),
+        ("video", "demo/tokenizers/video", (f"data={data}/train-video", *short[1:])),
         ("speech", "demo/tokenizers/speech", (f"data={data}/train-speech", "more_data=[]", *short[1:])),
     ):
         config = ROOT / "configs" / "tokenizers" / f"digits-{name}.yaml"
@@ -40,7 +43,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *BUILT])
 def test_a_recipe_trains_is_stored_and_draws(recipe: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     config = parse_config(TrainConfig, (ROOT / "configs" / f"{recipe}.yaml").read_text(encoding="utf-8"))
