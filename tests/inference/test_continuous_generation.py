@@ -9,10 +9,13 @@ from PIL import Image
 
 from omniform.errors import OmniformError
 from omniform.inference.generate import Model
+from omniform.inference.session import Plan, Session
 from omniform.modeling.config import DecoderConfig, ModelConfig
 from omniform.modeling.folder import LoadedModel, build_vocabulary, load_model_folder, save_model_folder
+from omniform.modeling.generation_config import SamplingSettings
 from omniform.modeling.model import UnifiedModel, corrupt
 from omniform.modeling.objectives.flow import Flow
+from omniform.modeling.objectives.gmm import Gmm
 from omniform.modeling.objectives.next_token import NextToken
 from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
 from omniform.tokenizers.base import Modality
@@ -110,6 +113,16 @@ def test_guidance_steps_and_a_stored_model_change_what_they_should(learnt: Model
     )
     again = Model(load_model_folder(tmp_path / "model"))
     assert torch.equal(drawn(again.generate("left", to="image", seed=3), again), drawn(plain, learnt))
+
+
+def test_settings_for_the_other_parts_of_a_reply_do_not_reach_vectors(tokenizers: dict[str, Modality[Any]]) -> None:
+    objectives = {"text": NextToken(), "image": Gmm(components=2)}
+    vocabulary = build_vocabulary(tokenizers)
+    chosen = SamplingSettings(temperature=0.5, top_k=1, top_p=0.1)
+    session = Session([], None, Plan(("image",), {"image": chosen}, seed=0, max_rows=64))
+    session.open_span((2, 2), vocabulary, objectives)
+    assert session.span is not None
+    assert session.span.settings == SamplingSettings(temperature=0.5)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,14 @@ def test_what_cannot_be_filled_is_refused(omni: Model, keywords: dict[str, Any],
         model.generate(**{"prompt": "a", **keywords})
 
 
+def test_of_denoisers_that_share_a_mode_the_one_that_fits_answers(omni: Model) -> None:
+    both = with_denoisers(omni, {"a": Middle(mode="x", given="causal"), "b": Prefix(mode="x", given="causal")})
+    plain = with_denoisers(omni, {"b": Prefix(mode="x", given="causal")})
+    keywords = {"mode": "x", "seed": 1, "max_new_tokens": 9}
+    assert both.generate("a", **keywords).text == plain.generate("a", **keywords).text
+    assert both.generate("a", suffix="b", **keywords).parts
+
+
 def test_a_model_without_modes_says_so(omni: Model) -> None:
     for keywords in ({"suffix": "b"}, {"mode": "fill"}):
         with pytest.raises(OmniformError, match=r"has not learnt; it has no modes: leave .* out, or train one"):

@@ -119,7 +119,7 @@ def test_samples_have_the_distribution_of_the_mixture_and_temperature_scales_it(
     assert stats.kstest(half, stats.norm(-2, 0.25).cdf).pvalue > 0.01
 
 
-@pytest.mark.parametrize(("scale", "channels"), [(1.5, 1), (2.0, 1), (3.0, 1), (2.0, 8), (3.0, 8)])
+@pytest.mark.parametrize(("scale", "channels"), [(1.5, 1), (2.0, 1), (3.0, 1), (2.0, 8), (3.0, 8), (2.0, 32)])
 def test_guidance_between_two_gaussians_of_one_width_moves_the_mean(scale: float, channels: int) -> None:
     """p0 * (p1 / p0) ** s of N(m0, v) and N(m1, v) is N(m0 + s (m1 - m0), v)."""
     n, m0, m1, sigma = 3000, 0.0, 0.5 / channels, 0.8
