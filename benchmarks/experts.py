@@ -13,11 +13,13 @@ from paired import compare, control
 from omniform.inference.engine import Engine
 from omniform.inference.session import Plan, Session
 from omniform.modeling.config import DecoderConfig, ModelConfig
+from omniform.modeling.corruption import CorruptedBatch, corrupt
 from omniform.modeling.generation_config import SamplingSettings
-from omniform.modeling.model import CorruptedBatch, UnifiedModel, corrupt
+from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Part, Role
 from omniform.tokenizers.base import Discrete, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
 

@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from omniform.inference.branch import Branch
 from omniform.inference.cache import KVCache
-from omniform.inference.session import Branch, OpenSpan, Session
+from omniform.inference.session import OpenSpan, Session
 from omniform.modeling.model import UnifiedModel
-from omniform.modeling.sequence import MultimodalSequence, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from omniform.data.loader import TrainingData
+from omniform.modeling.corruption import corrupt
 from omniform.modeling.folder import save_model_folder
-from omniform.modeling.model import UnifiedModel, corrupt
-from omniform.modeling.sequence import pack
+from omniform.modeling.model import UnifiedModel
+from omniform.modeling.packed_batch import pack
 from omniform.tokenizers.base import Modality
 from omniform.training.expert_balance import balance_experts
 from omniform.training.task import MicroBatch

@@ -5,6 +5,7 @@ network, the batch layout or a device.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -38,6 +39,15 @@ class ContinuousRows:
     def clean(cls, rows: Int[Tensor, "M"], values: Float[Tensor, "M C"]) -> "ContinuousRows":
         """Return rows of data."""
         return cls(rows, values, torch.zeros(len(rows)))
+
+    @classmethod
+    def join(cls, held: Sequence[tuple[int, "ContinuousRows"]]) -> "ContinuousRows":
+        """Join rows, each with what is to be added to its places; in ascending order."""
+        return cls(
+            torch.cat([vectors.rows + first for first, vectors in held]),
+            torch.cat([vectors.values for _, vectors in held]),
+            torch.cat([vectors.times for _, vectors in held]),
+        )
 
     def to(self, device: torch.device | str) -> "ContinuousRows":
         """Return the same on `device`."""

@@ -19,7 +19,8 @@ from omniform.data.schema import DataError, RawSample, RawSpan
 from omniform.data.shards import ShardWriter
 from omniform.kernels.keyed_noise import keyed_bits, stream
 from omniform.modeling.config import ConfigError, dump_config, parse_config
-from omniform.modeling.sequence import MultimodalSequence, Role, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Role
 from omniform.tokenizers.base import Modality
 from omniform.tokenizers.vocabulary import Vocabulary
 

@@ -28,7 +28,8 @@ from omniform.modeling.generation_config import SamplingSettings
 from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Part, Role
 from omniform.tokenizers.base import Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
 

@@ -11,13 +11,15 @@ from omniform.errors import OmniformError
 from omniform.inference.generate import Model
 from omniform.inference.session import Plan, Session
 from omniform.modeling.config import DecoderConfig, ModelConfig
+from omniform.modeling.corruption import corrupt
 from omniform.modeling.folder import LoadedModel, build_vocabulary, load_model_folder, save_model_folder
 from omniform.modeling.generation_config import SamplingSettings
-from omniform.modeling.model import UnifiedModel, corrupt
+from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.flow import Flow
 from omniform.modeling.objectives.gmm import Gmm
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Part, Role
 from omniform.tokenizers.base import Modality
 from omniform.tokenizers.image_latents import ImagePatchesConfig, ImagePatchesTokenizer
 from omniform.tokenizers.text import SentencePieceTokenizer

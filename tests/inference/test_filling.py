@@ -9,10 +9,12 @@ import torch
 from omniform.errors import OmniformError
 from omniform.inference.generate import Model
 from omniform.modeling.config import DecoderConfig, ModelConfig
+from omniform.modeling.corruption import corrupt
 from omniform.modeling.denoisers import Denoiser, Given, Middle, Prefix, Spans
 from omniform.modeling.folder import LoadedModel, build_vocabulary
-from omniform.modeling.model import UnifiedModel, corrupt
-from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
+from omniform.modeling.model import UnifiedModel
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Part, Role
 from omniform.tokenizers.base import Tokens
 
 

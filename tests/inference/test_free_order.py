@@ -9,13 +9,15 @@ from omniform.inference.generate import Model
 from omniform.inference.protocol import DataPart, Done, PartDone
 from omniform.inference.session import Plan, Session
 from omniform.modeling.config import DecoderConfig, ModelConfig
+from omniform.modeling.corruption import corrupt
 from omniform.modeling.folder import LoadedModel, build_vocabulary
 from omniform.modeling.generation_config import SamplingSettings
-from omniform.modeling.model import UnifiedModel, corrupt
+from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Part, Role
 
 PICTURE = Image.new("L", (2, 2), 40)
 PROMPTS = ["a", [PICTURE], ["a much longer prompt than that", PICTURE], ["b", PICTURE, "c", PICTURE]]

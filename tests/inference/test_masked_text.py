@@ -12,11 +12,13 @@ from omniform.inference.generate import Model
 from omniform.inference.protocol import Done, TextDelta
 from omniform.modeling.attention_pattern import AttentionPattern
 from omniform.modeling.config import DecoderConfig, ModelConfig
+from omniform.modeling.corruption import corrupt
 from omniform.modeling.folder import LoadedModel, build_vocabulary
-from omniform.modeling.model import UnifiedModel, corrupt
+from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.objectives.masked import Masked
-from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Part, Role
 from omniform.tokenizers.base import Tokens
 
 

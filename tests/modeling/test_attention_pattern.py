@@ -8,8 +8,10 @@ from strategies import DOCUMENTS
 
 from omniform.kernels.attention import MaskForm, attention
 from omniform.modeling.attention_pattern import PADDING, AttentionPattern
-from omniform.modeling.model import UnifiedModel, corrupt
-from omniform.modeling.sequence import MultimodalSequence, pack
+from omniform.modeling.corruption import corrupt
+from omniform.modeling.model import UnifiedModel
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence
 from omniform.tokenizers.vocabulary import Vocabulary
 
 

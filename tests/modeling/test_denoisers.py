@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from strategies import CODEBOOK, TEXT_SIZE, text_part
 
 from omniform.modeling.config import ConfigError, DecoderConfig, ModelConfig, dump_config, parse_config
+from omniform.modeling.corruption import corrupt
 from omniform.modeling.denoisers import Denoiser, Given, Middle, Prefix, Spans
-from omniform.modeling.model import UnifiedModel, corrupt
+from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.modeling.sequence import MultimodalSequence, Part, Role, SequenceError, document_length, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Part, Role, SequenceError, document_length
 from omniform.tokenizers.base import Discrete
 from omniform.tokenizers.vocabulary import N_GAPS, Vocabulary
 

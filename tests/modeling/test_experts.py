@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from strategies import FOUR_MODALITIES, four_modalities, image_part, speech_part, text_part
 
 from omniform.modeling.config import ConfigError, DecoderConfig, ModelConfig, parse_config
+from omniform.modeling.corruption import corrupt
 from omniform.modeling.experts import ModalityExperts, Routes
-from omniform.modeling.model import UnifiedModel, corrupt
+from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Part, Role
 from omniform.tokenizers.vocabulary import Vocabulary
 
 N_EXPERTS = 4

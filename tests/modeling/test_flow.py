@@ -14,12 +14,14 @@ from strategies import vector_spans
 
 from omniform.inference.sampling import KeyedDraw
 from omniform.modeling.config import ConfigError, DecoderConfig, ModelConfig
+from omniform.modeling.corruption import corrupt
 from omniform.modeling.generation_config import SamplingSettings
-from omniform.modeling.model import UnifiedModel, corrupt
+from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.flow import Flow, shifted
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.modeling.sequence import MultimodalSequence, Part, Role, SequenceError, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Part, Role, SequenceError
 from omniform.tokenizers.base import Continuous, Discrete, Latents, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary, VocabularyError
 

@@ -12,11 +12,13 @@ from span_oracle import END, FIRST, MASK, SCHEDULES, OracleDraw, spans
 from strategies import FOUR_MODALITIES, four_modalities, image_part, text_part
 
 from omniform.modeling.config import ConfigError, DecoderConfig, ModelConfig
-from omniform.modeling.model import UnifiedModel, corrupt
+from omniform.modeling.corruption import corrupt
+from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.objectives.masked import EARLIEST_TIME, Masked, masked_fraction
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.modeling.sequence import MultimodalSequence, Part, Role, document_length, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Part, Role, document_length
 
 VOCABULARY = four_modalities()
 V = VOCABULARY

@@ -5,10 +5,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from omniform.modeling.attention_pattern import AttentionPattern
 from omniform.modeling.config import ConfigError, DecoderConfig, ModelConfig
-from omniform.modeling.model import UnifiedModel, corrupt
+from omniform.modeling.corruption import corrupt
+from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.modeling.sequence import MultimodalSequence, Role, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Role
 from omniform.tokenizers.base import Discrete
 from omniform.tokenizers.vocabulary import IdRange, Vocabulary, VocabularyError
 

@@ -16,7 +16,8 @@ from omniform.modeling.interfaces import PositionEmbedding
 from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.modeling.sequence import MultimodalSequence, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence
 from omniform.tokenizers.vocabulary import Vocabulary
 
 

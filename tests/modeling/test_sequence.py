@@ -5,18 +5,12 @@ from hypothesis import strategies as st
 from strategies import FOUR_MODALITIES, four_modalities, image_part, text_part
 
 from omniform.modeling.config import ModelConfig
-from omniform.modeling.model import UnifiedModel, corrupt
+from omniform.modeling.corruption import corrupt
+from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.modeling.sequence import (
-    MultimodalSequence,
-    Part,
-    Role,
-    SequenceError,
-    document_length,
-    grid_positions,
-    pack,
-)
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Part, Role, SequenceError, document_length, grid_positions
 
 VOCABULARY = four_modalities()
 OBJECTIVES = {"text": NextToken(), "image": Masked(), "speech": NextToken(), "video": Masked()}

@@ -12,9 +12,11 @@ from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
 
 from omniform.modeling.config import ConfigError, DecoderConfig, ModelConfig, TopK, dump_config, parse_config
+from omniform.modeling.corruption import CorruptedBatch, corrupt
 from omniform.modeling.experts import RoutingTally, TopKExperts
-from omniform.modeling.model import CorruptedBatch, UnifiedModel, corrupt
-from omniform.modeling.sequence import MultimodalSequence, Role, pack
+from omniform.modeling.model import UnifiedModel
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Role
 
 N_EXPERTS = 4
 CONFIG = DecoderConfig(dim=8, n_heads=2, n_kv_heads=2, ffn_dim=12)

@@ -19,12 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from omniform.modeling.config import DecoderConfig, ModelConfig, TopK
-from omniform.modeling.model import UnifiedModel, corrupt
+from omniform.modeling.corruption import corrupt
+from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.flow import Flow
 from omniform.modeling.objectives.gmm import Gmm
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
-from omniform.modeling.sequence import MultimodalSequence, Part, Role, pack
+from omniform.modeling.packed_batch import pack
+from omniform.modeling.sequence import MultimodalSequence, Part, Role
 from omniform.tokenizers.base import Continuous, Discrete, Latents, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
 from omniform.training.config import EngineConfig, FitConfig, OptimConfig
