@@ -97,6 +97,7 @@ class TrainingData:
         rows_per_step: rows of one optimizer step over all processes.
         stages: ascending from step 0, with the sources of `config` under other weights and tasks.
         denoisers: by name, those of the tasks X~NAME; their modes are in the vocabulary.
+        prefix: what tasks X->Y give is read in both directions, as one block.
 
     Raises:
         DataError: a source that cannot be read, a task that no sample serves or that is ambiguous, a task of a denoiser
@@ -117,8 +118,9 @@ class TrainingData:
         rows_per_step: int,
         stages: Sequence[DataStage] = (),
         denoisers: Mapping[str, Denoiser] | None = None,
+        prefix: bool = False,
     ) -> None:
-        self.config, self.rows_per_step, self.seed = config, rows_per_step, seed
+        self.config, self.rows_per_step, self.seed, self._prefix = config, rows_per_step, seed, prefix
         self.stages = tuple(stages) or (DataStage(0, config),)
         self._vocabulary, self._objectives, self._denoisers = vocabulary, objectives, denoisers or {}
         for stage in self.stages:
@@ -144,6 +146,8 @@ class TrainingData:
             content.append([[stage.first_step, _settings(stage.config)] for stage in self.stages])
         if denoisers:
             content.append({name: TypeAdapter(type(d)).dump_python(d, mode="json") for name, d in denoisers.items()})
+        if prefix:
+            content.append("prefix")
         self.digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -275,7 +279,7 @@ class TrainingData:
         spans, key = source.spans(sample), int(draws.noise_key[draw])
         used = arrange(task, [modality for modality, _ in spans])
         parts = [
-            Part(spans[span][0], source.tokens(sample, span), role)
+            Part(spans[span][0], source.tokens(sample, span), role, prefix=self._prefix and role is Role.CONTEXT)
             for span, role in used
             if role is Role.TARGET or not draws.unconditional[draw]
         ]

@@ -398,8 +398,9 @@ class Model:
             raise OmniformError(
                 f"prompt too long: it takes {sum(counts)} or more of this model's {room} tokens ({told}): shorten it"
             )
+        prefix = self.network.config.given == "bidirectional"
         with torch.inference_mode():
             return [
-                Part(part.modality, tokenizer.encode(item), Role.CONTEXT)
+                Part(part.modality, tokenizer.encode(item), Role.CONTEXT, prefix=prefix)
                 for part, tokenizer, item in zip(parts, tokenizers, items, strict=True)
             ]

@@ -188,6 +188,8 @@ class ModelConfig:
 
     Attributes:
         objectives: by modality; text must be among them.
+        given: how what is given of a pair (X->Y), and a prompt, is read: "causal", or "bidirectional", as one block whose
+            rows see each other (prefix LM, arXiv:1910.10683). Denoisers have a `given` of their own.
         denoisers: by name, ways to cut a text and to fill its gaps, which tasks such as text~NAME learn; see
             `omniform.modeling.denoisers`. One without a mode has its name for that.
         position_embeddings: by modality, the most tokens of its spans: each position has a learnt vector beside the
@@ -199,6 +201,7 @@ class ModelConfig:
 
     decoder: DecoderConfig = DecoderConfig()
     objectives: dict[str, AnyObjective]
+    given: Literal["causal", "bidirectional"] = "causal"
     denoisers: dict[Annotated[str, Field(pattern=MODE)], AnyDenoiser] = Field(default_factory=dict)
     position_embeddings: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     z_loss: float = Field(default=0.0, ge=0)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from omniform.data.mixture import DataConfig, DataStage, SourceChange, denoised
+from omniform.data.mixture import INTERLEAVED, DataConfig, DataStage, SourceChange, denoised
 from omniform.errors import OmniformError
 from omniform.modeling.config import STRICT, ModelConfig
 from omniform.modeling.generation_config import SamplingSettings, Ways
@@ -320,6 +320,17 @@ class TrainConfig(FitConfig):
                             f"the task {task} of {source.label} needs model.denoisers.{cut[1]}; there is {there}: name "
                             "one, or add it"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _check_given(self) -> "TrainConfig":
+        for data in (self.data, *(self.data.changed(stage.mixture) for stage in self.stages)):
+            for source in data.sources:
+                if self.model.given == "bidirectional" and INTERLEAVED in source.tasks:
+                    raise ValueError(
+                        f"model.given is bidirectional, but the task {INTERLEAVED} of {source.label} learns every part, "
+                        "so nothing of it can be seen before it is read: leave given out, or the task"
+                    )
         return self
 
     @property
