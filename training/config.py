@@ -309,7 +309,8 @@ class TrainConfig(FitConfig):
         return self
 
     @model_validator(mode="after")
-    def _check_denoisers(self) -> "TrainConfig":
+    def _check_tasks(self) -> "TrainConfig":
+        prefix = self.model.given == "bidirectional"
         for data in (self.data, *(self.data.changed(stage.mixture) for stage in self.stages)):
             for source in data.sources:
                 for task in source.tasks:
@@ -320,17 +321,11 @@ class TrainConfig(FitConfig):
                             f"the task {task} of {source.label} needs model.denoisers.{cut[1]}; there is {there}: name "
                             "one, or add it"
                         )
-        return self
-
-    @model_validator(mode="after")
-    def _check_given(self) -> "TrainConfig":
-        for data in (self.data, *(self.data.changed(stage.mixture) for stage in self.stages)):
-            for source in data.sources:
-                if self.model.given == "bidirectional" and INTERLEAVED in source.tasks:
-                    raise ValueError(
-                        f"model.given is bidirectional, but the task {INTERLEAVED} of {source.label} learns every part, "
-                        "so nothing of it can be seen before it is read: leave given out, or the task"
-                    )
+                    if prefix and task == INTERLEAVED:
+                        raise ValueError(
+                            f"model.given is bidirectional, but the task {INTERLEAVED} of {source.label} learns every "
+                            "part, so that none may see what follows it: leave given out, or the task"
+                        )
         return self
 
     @property

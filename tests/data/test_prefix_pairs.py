@@ -63,7 +63,8 @@ def test_what_is_given_is_one_block_and_the_rest_stays(make: Callable[..., Train
         before, after = (pack([[one]], length, VOCABULARY).pattern.allowed()[0] for one in (causal, prefix))
         given = [span for span in prefix.spans if span.role is Role.CONTEXT]
         first = given[0].start + given[0].length if given else 0
-        assert after[:first, :first].all() and not after[:first, first:].any()
+        assert after[:first, :first].all()
+        assert not after[:first, first:].any()
         np.testing.assert_array_equal(before[first:], after[first:])
         n_given += bool(given)
     assert 10 < n_given < len(documents(make(prefix=True)))
@@ -75,7 +76,7 @@ def test_the_digest_knows_how_what_is_given_is_read(make: Callable[..., Training
 
 def test_documents_that_learn_every_part_have_no_prefix() -> None:
     assert parse_config(TrainConfig, RECIPE).model.given == "bidirectional"
-    with pytest.raises(ConfigError, match="model.given is bidirectional, but the task interleaved of train learns"):
+    with pytest.raises(ConfigError, match=r"model\.given is bidirectional, but the task interleaved of train learns"):
         parse_config(TrainConfig, RECIPE.replace("image->text", "interleaved"))
     with pytest.raises(ConfigError, match=r"model\.given: Input should be 'causal' or 'bidirectional'"):
         parse_config(TrainConfig, RECIPE, ["model.given=both"])

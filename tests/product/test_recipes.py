@@ -5,13 +5,21 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import omniform
 from omniform.cli import app
 from omniform.data import digits
+from omniform.data.mixture import modalities_of
+from omniform.inference.protocol import DataPart
 from omniform.modeling.config import parse_config
+from omniform.tokenizers.audio_files import Audio
+from omniform.tokenizers.locations import Location
+from omniform.tokenizers.video_files import Video
 from omniform.training.config import TrainConfig
 from omniform.training.tokenizer_task import train_tokenizer
 
@@ -19,7 +27,28 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD: list[dict[str, Any]] = json.loads((ROOT / "docs" / "recipes.json").read_text(encoding="utf-8"))
 # Those that were trained for figures, and those that were not.
 RECIPES = sorted({entry["recipe"] for entry in RECORD})
-BUILT = ["chameleon", "cogvideo", "emu3", "maskgit", "mmada", "show-o2", "vl-gpt"]
+BUILT = [
+    "beit",
+    "chameleon",
+    "cogvideo",
+    "emu3",
+    "maskgit",
+    "mmada",
+    "show-o2",
+    "solo",
+    "unified-vlp",
+    "visorgpt",
+    "vl-beit",
+    "vl-gpt",
+]
+# What a prompt is made of.
+ITEMS = {
+    "text": "a handwritten seven",
+    "image": Image.new("L", (16, 16), 90),
+    "speech": Audio(torch.linspace(-0.1, 0.1, 3200), 16000),
+    "video": Video(np.zeros((9, 16, 16, 1), dtype=np.uint8), 8.0),
+    "location": DataPart("location", (Location.box(0.25, 0.25, 0.75, 0.75),)),
+}
 TINY = ("optim.warmup_steps=1", "rows_per_step=2", "engine.micro_batch_rows=2", "log.every=1")
 
 
@@ -35,6 +64,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("text", "demo/tokenizers/text", (f"data={json.dumps(texts)}",)),
         ("image", "demo/tokenizers/image", short),
         ("image-latents", "digits-image-latents", short),
+        ("image-patches", "digits-image-patches", ()),
+        ("locations", "digits-location-tokenizer", ()),
+        ("scenes", "digits-scenes-tokenizer", (f"data={data}/train-find", *short[1:])),
         ("video", "demo/tokenizers/video", (f"data={data}/train-video", *short[1:])),
         ("speech", "demo/tokenizers/speech", (f"data={data}/train-speech", "more_data=[]", *short[1:])),
     ):
@@ -51,12 +83,11 @@ def test_a_recipe_trains_is_stored_and_draws(recipe: str, workplace: Path, monke
     done = CliRunner().invoke(app, ["train", recipe, *steps, *TINY], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     model = omniform.load(workplace / "runs" / recipe / "model")
-    prompt: object = "a handwritten seven"
-    if "image" in model.modalities:
-        prompt = model.generate(prompt, to="image", seed=0).images[0]
-        assert prompt.size == (16, 16)
-    for modality in set(model.modalities) - {"image"}:
-        assert [part.modality for part in model.generate(prompt, to=modality, seed=0).parts] == [modality]
+    asked = {modalities_of(task) for source in config.data.sources for task in source.tasks}
+    for given, wanted in sorted(asked):
+        if given:
+            reply = model.generate([ITEMS[modality] for modality in given], to=wanted, seed=0)
+            assert [part.modality for part in reply.parts] == [*wanted]
 
 
 @pytest.mark.parametrize("entry", RECORD, ids=lambda entry: f"{entry['recipe']}, {entry['metric']}")
