@@ -188,8 +188,8 @@ class ModelConfig:
 
     Attributes:
         objectives: by modality; text must be among them.
-        given: how the given side of a pair (X->Y), and a prompt, is read: "causal" or "bidirectional", as one block whose
-            rows see each other (prefix LM, arXiv:1910.10683). Denoisers have a `given` of their own.
+        given: how the given side of a pair (X->Y), and a prompt, is read: "causal" or "bidirectional", as one block
+            whose rows see each other (prefix LM, arXiv:1910.10683). Denoisers have a `given` of their own.
         denoisers: by name, ways to cut a text and to fill its gaps, which tasks such as text~NAME learn; see
             `omniform.modeling.denoisers`. One without a mode has its name for that.
         position_embeddings: by modality, the most tokens of its spans: each position has a learnt vector beside the

@@ -84,6 +84,9 @@ class MetricsLog:
             if losses:
                 record["loss"] = sum(term_weights[term] * loss for term, loss in losses.items())
             record |= {f"loss/{term}": loss for term, loss in losses.items()}
+            # What the losses are made of: a sum over the window was divided by its count, and weighted in `loss`.
+            record |= {f"count/{t}": float(n) for t, n in zip(self._terms, self._counts, strict=True) if n > 0}
+            record |= {f"weight/{term}": term_weights[term] for term in losses}
             record |= values
             record |= {
                 "tokens_per_second": self._n_tokens / seconds,

@@ -116,6 +116,8 @@ def test_a_stage_weighs_losses_its_own_way(toy: ModuleType, tmp_path: Path, caps
         weight = 0.5 if entry["step"] <= 3 else 2.0
         expected = entry["loss/value"] + weight * entry.get("loss/label", 0.0)
         assert entry["loss"] == pytest.approx(expected)
+        assert entry["weight/value"] == 1
+        assert entry.get("weight/label", weight) == weight
     with pytest.raises(OmniformError, match=r"stages\.0\.loss_weights\.image: no such loss term.*value, label"):
         toy.run_toy(tmp_path / "bad", **FAST, stages=[{"name": "a", "loss_weights": {"image": 1.0}}])
 
@@ -273,6 +275,7 @@ def test_logged_loss_is_the_mean_per_item(toy: ModuleType, tmp_path: Path) -> No
     [entry] = log(tmp_path)
     for term, loss in losses.items():
         assert entry[f"loss/{term}"] == pytest.approx(float(loss.detach()) / batch.counts[term], rel=1e-6)
+        assert entry[f"count/{term}"] == batch.counts[term]
     assert entry["loss"] == pytest.approx(entry["loss/value"] + 0.5 * entry["loss/label"])
 
 
