@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from omniform.cli import app
 from omniform.inference.command import generate_files
 from omniform.inference.generate import Model, load
 from omniform.modeling.config import DecoderConfig, ModelConfig
+from omniform.modeling.denoisers import Middle, Prefix
 from omniform.modeling.folder import LoadedModel, build_vocabulary, save_model_folder
 from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
@@ -71,6 +73,24 @@ def test_the_command_loads_the_folder(stored: tuple[Model, Path], tmp_path: Path
     assert output.path is not None
     expected = stored[0].generate("a seven", to="image", seed=3).images[0]
     assert Image.open(output.path).tobytes() == expected.tobytes()
+
+
+def test_the_command_fills_a_gap_and_goes_on_in_a_mode(stored: tuple[Model, Path], tmp_path: Path) -> None:
+    model = stored[0]
+    config = replace(model.network.config, denoisers={"s": Prefix(), "fill": Middle()})
+    folder, weights = tmp_path / "model", model.network.state_dict()
+    save_model_folder(folder, config, weights, model.tokenizers, generation_config=GENERATION_CONFIG, card="# Random\n")
+    filling = load(folder)
+    for options, keywords in (
+        (["--suffix", " e"], {"suffix": " e"}),
+        (["--mode", "s"], {"mode": "s"}),
+        (["--mode", "fill", "--suffix", ""], {"mode": "fill", "suffix": ""}),
+    ):
+        shown = CliRunner().invoke(app, ["generate", str(folder), "a seven", "--seed=3", "--json", *options])
+        [output] = json.loads(shown.stdout)
+        assert output["text"] == filling.generate("a seven", seed=3, **keywords).text
+    shown = CliRunner().invoke(app, ["generate", str(stored[1]), "a seven", "--mode", "s"])
+    assert "which this model has not learnt; it has no modes" in str(shown.exception)
 
 
 def test_the_command_turns_speech_into_video_and_says_where_it_went(tmp_path: Path) -> None:
