@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -216,11 +216,14 @@ class FitConfig:
         """Return the place of the stage that `step` belongs to; None in a run without stages."""
         return bisect.bisect_right(self.stage_starts, step) - 1 if self.stages else None
 
-    def check_loss_terms(self, terms: Collection[str]) -> None:
-        """Check that what is trained has every loss term that a stage weighs.
+    def check_loss_terms(self, terms: Mapping[str, float]) -> None:
+        """Check that what is trained has every loss term that a stage weighs, and that each stage weighs one.
+
+        Args:
+            terms: their weights where a stage says nothing of them.
 
         Raises:
-            OmniformError: it has not.
+            OmniformError: it has not, or a stage learns nothing.
         """
         for place, stage in enumerate(self.stages):
             for term in stage.loss_weights:
@@ -228,6 +231,10 @@ class FitConfig:
                     raise OmniformError(
                         f"stages.{place}.loss_weights.{term}: no such loss term; there are {', '.join(terms)}"
                     )
+            if not any({**terms, **stage.loss_weights}.values()):
+                raise OmniformError(
+                    f"stages.{place}.loss_weights: every loss has the weight 0, so that nothing is learnt: raise one"
+                )
 
     def accumulation(self, world_size: int) -> int:
         """Return the number of micro-batches of each rank in a step.
@@ -294,10 +301,28 @@ class TrainConfig(FitConfig):
                 )
         return self
 
+    @property
+    def _tasks_drawn(self) -> set[str]:
+        stages = [self.data.changed(stage.mixture) for stage in self.stages] or [self.data]
+        return {task for data in stages for source in data.sources if source.weight for task in source.tasks}
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> "TrainConfig":
+        # What an interleaved document begins with has no condition.
+        if self.data.condition_dropout or INTERLEAVED in self._tasks_drawn:
+            return self
+        for modality, settings in self.generation.items():
+            if settings.guidance_scale != 1:
+                raise ValueError(
+                    f"generation.{modality}.guidance_scale is {settings.guidance_scale}, which leads away from what is "
+                    "generated without a condition, but data.condition_dropout is 0, so that nothing is learnt without "
+                    "one: raise it, such as data.condition_dropout=0.1, or leave guidance_scale out"
+                )
+        return self
+
     @model_validator(mode="after")
     def _check_through(self) -> "TrainConfig":
-        stages = [self.data.changed(stage.mixture) for stage in self.stages] or [self.data]
-        learnt = {task for data in stages for source in data.sources if source.weight for task in source.tasks}
+        learnt = self._tasks_drawn
         for given, routes in self.through.items():
             for wanted, between in routes.items():
                 task = f"{given}->{between}+{wanted}"

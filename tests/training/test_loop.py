@@ -120,6 +120,8 @@ def test_a_stage_weighs_losses_its_own_way(toy: ModuleType, tmp_path: Path, caps
         assert entry.get("weight/label", weight) == weight
     with pytest.raises(OmniformError, match=r"stages\.0\.loss_weights\.image: no such loss term.*value, label"):
         toy.run_toy(tmp_path / "bad", **FAST, stages=[{"name": "a", "loss_weights": {"image": 1.0}}])
+    with pytest.raises(OmniformError, match=r"stages\.0\.loss_weights: every loss has the weight 0"):
+        toy.run_toy(tmp_path / "bad", **FAST, stages=[{"name": "a", "loss_weights": {"value": 0.0, "label": 0.0}}])
 
 
 def test_samples_leave_no_trace_in_the_run(toy: ModuleType, tmp_path: Path) -> None:

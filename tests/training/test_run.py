@@ -276,6 +276,7 @@ def test_dry_run_writes_nothing_and_counts_what_is_built(
             "stages=[{name: a, mixture: {train: {weight: 0}, train-text: {weight: 0}}}]",
             r"stages\.0\.mixture: every source has the weight 0",
         ),
+        ("stages=[{name: a, loss_weights: {text: 0, image: 0}}]", r"stages\.0\.loss_weights: every loss has .* 0"),
         ("stages=[{name: a, loss_weights: {imgae: 1}}]", r"stages\.0\.loss_weights\.imgae: no such .*are text, image"),
         ("through={text: {image: image}}", r"through: .*text\.image is image, expected a modality other than these"),
         (
@@ -293,6 +294,15 @@ def test_bad_config_fails_before_anything_is_written(
         with pytest.raises(OmniformError, match=message):
             train(config_file, [override], tmp_path / "run", dry_run=dry_run)
     assert not (tmp_path / "run").exists()
+
+
+def test_guidance_needs_a_branch_without_a_condition(config_file: Path, tmp_path: Path) -> None:
+    overrides = ["generation={image: {guidance_scale: 2.0}}", "data.condition_dropout=0"]
+    with pytest.raises(OmniformError, match=r"generation\.image\.guidance_scale is 2\.0, .*condition_dropout is 0"):
+        train(config_file, overrides, tmp_path / "run", dry_run=True)
+    # What a document of texts and pictures in turns begins with has no condition.
+    documents = json.dumps({"path": str(config_file.parent / "data" / "train-documents"), "tasks": {"interleaved": 1}})
+    train(config_file, [*overrides, f"data.sources.1={documents}"], tmp_path / "run", dry_run=True)
 
 
 def test_tokenizer_under_another_name_is_refused(config_file: Path, tmp_path: Path) -> None:
