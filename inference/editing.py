@@ -14,7 +14,7 @@ from torch import Tensor
 
 from omniform.errors import OmniformError
 from omniform.kernels.keyed_noise import keyed_permutation, stream
-from omniform.tokenizers.base import Continuous, Modality, Tokens
+from omniform.tokenizers.base import Latents, Modality, Tokens
 from omniform.tokenizers.image_files import MAX_PIXELS, plain_picture
 
 
@@ -47,11 +47,11 @@ class Edit:
     picture: Image.Image
     mask: Bool[np.ndarray, "H W"] | None
     frame: tuple[float, float, float, float]
-    tokens: Tokens
+    tokens: Tokens | Latents
     wanted: Bool[Tensor, "N"]
 
     @classmethod
-    def masked(cls, image: Image.Image, mask: Image.Image | None, tokenizer: Modality) -> Self:
+    def masked(cls, image: Image.Image, mask: Image.Image | None, tokenizer: Modality[Any]) -> Self:
         """Draw anew what a mask covers, and every token that touches it.
 
         Args:
@@ -86,7 +86,7 @@ class Edit:
         return cls(picture, covered, frame, tokens, _over_depth(touched, tokens.grid))
 
     @classmethod
-    def varied(cls, image: Image.Image, strength: float, seed: int, sample: int, tokenizer: Modality) -> Self:
+    def varied(cls, image: Image.Image, strength: float, seed: int, sample: int, tokenizer: Modality[Any]) -> Self:
         """Draw anew a fraction `strength` of the tokens, chosen by seed and sample; the whole picture is new then.
 
         Raises:
@@ -149,11 +149,6 @@ def parse_edits(
         return [None] * len(seeds)
     if names != ("image",) or tokenizer is None:
         raise OmniformError(f'an image to edit was given, and to is {names}: expected to="image"')
-    if isinstance(tokenizer.representation, Continuous):
-        raise OmniformError(
-            "an image to edit was given, but this model draws pictures as vectors, which it makes whole: edit with a "
-            "model whose pictures are codes, or leave image out"
-        )
     if mask is not None and strength is not None:
         raise OmniformError("both mask and strength were given: a mask says already what is drawn anew")
     images, masks = _one_per_prompt("image", image, len(seeds)), _one_per_prompt("mask", mask, len(seeds))
@@ -219,7 +214,9 @@ def _transparent(image: Image.Image) -> npt.NDArray[np.bool_]:
     return np.asarray(plain_picture(alpha, "L")) == 0
 
 
-def _encode(picture: Image.Image, tokenizer: Modality) -> tuple[tuple[float, float, float, float], Tokens]:
+def _encode(
+    picture: Image.Image, tokenizer: Modality[Any]
+) -> tuple[tuple[float, float, float, float], Tokens | Latents]:
     if not isinstance(tokenizer, FramedTokenizer):
         raise OmniformError(f"tokenizer {tokenizer.kind!r} cannot say which part of a picture it sees: edits need that")
     with torch.inference_mode():

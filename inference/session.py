@@ -12,7 +12,7 @@ from torch import Tensor
 from omniform.inference.branch import Branch
 from omniform.inference.sampling import KeyedDraw
 from omniform.modeling.generation_config import SamplingSettings
-from omniform.modeling.objectives.base import Objective, SpanState
+from omniform.modeling.objectives.base import Kept, Objective, SpanState
 from omniform.modeling.sequence import MultimodalSequence, Part, Role
 from omniform.tokenizers.base import Latents, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
@@ -60,7 +60,7 @@ class Plan:
     max_rows: int
     sample: int = 0
     max_parts: int = 1
-    kept: Tokens | None = None
+    kept: Tokens | Latents | None = None
     wanted: Bool[Tensor, "N"] | None = None
     through: Mapping[str, SamplingSettings] = dataclasses.field(default_factory=dict)
     opening: str | None = None
@@ -146,7 +146,10 @@ class Session:
         kept = None
         if plan.kept is not None:
             assert plan.wanted is not None
-            kept = vocabulary.to_ids(modality, plan.kept.codes).masked_fill(plan.wanted, vocabulary.mask)
+            if isinstance(plan.kept, Tokens):
+                kept = Kept(plan.wanted, vocabulary.to_ids(modality, plan.kept.codes))
+            else:
+                kept = Kept(plan.wanted, torch.full((length,), vocabulary.mask), plan.kept.values)
         state = objective.begin(length, settings.steps, vocabulary.mask, kept)
         self.span = OpenSpan(modality, number, grid, opening, objective, settings, draw, state)
 

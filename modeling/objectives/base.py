@@ -139,6 +139,21 @@ class Draw(Protocol):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The item that a span is an edit of.
+
+    Attributes:
+        wanted: which contents are to be new.
+        token_ids: all contents, those that are to be new too.
+        values: likewise, of a continuous modality, whose ids say nothing.
+    """
+
+    wanted: Bool[Tensor, "N"]
+    token_ids: Int[Tensor, "N"]
+    values: Float[Tensor, "N C"] | None = None
+
+
+@dataclass(frozen=True)
 class SpanState:
     """A span being generated.
 
@@ -149,7 +164,7 @@ class SpanState:
         done: nothing is left to do.
         n_final: leading contents that no later step changes, so that their rows may stay in the cache; only of
             objectives with blocks.
-        kept: in an edited span the contents that stay, and the mask id where a new one is wanted; None if all are new.
+        kept: of an edited span; None if all contents are new.
         confidence: log-probability at which each content was decided, for objectives that may take a decision back.
         values: contents so far of a continuous modality.
     """
@@ -159,7 +174,7 @@ class SpanState:
     n_steps: int
     done: bool = False
     n_final: int = 0
-    kept: Int[Tensor, "K"] | None = None
+    kept: Kept | None = None
     confidence: Float[Tensor, "N"] | None = None
     values: Float[Tensor, "N C"] | None = None
 
@@ -216,11 +231,11 @@ class Objective(ABC):
         return (losses * weights).where(weights > 0, 0.0).sum()
 
     @abstractmethod
-    def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
+    def begin(self, length: int, steps: int | None, mask_id: int, kept: Kept | None = None) -> SpanState:
         """Open a span: of exactly `length` contents if the modality has a fixed grid, else of at most `length`.
 
         Args:
-            kept: when a span is edited, `length` ids: contents that stay, and `mask_id` where a new one is wanted.
+            kept: when a span is edited, what stays of it.
         """
 
     @abstractmethod

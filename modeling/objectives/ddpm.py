@@ -5,7 +5,6 @@ Transfusion (arXiv:2408.11039); DDIM (arXiv:2010.02502) for fewer steps. Here t 
 """
 
 import copy
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from omniform.kernels.keyed_noise import keyed_uniform, stream
 from omniform.modeling.objectives.base import Corrupted, Draw, SpanState, TargetSpans
-from omniform.modeling.objectives.solved import Solved, SolverState, ddim_scheduler, noise_of, values_or_noise
+from omniform.modeling.objectives.solved import Solved, SolverState, ddim_scheduler, noise_of
 
 N_TIMES = 1000  # of the chain in training
 FIRST_TIME = 980  # of decoding: later ones hold hardly any data to tell from noise, and divide by nearly nothing
@@ -47,13 +46,18 @@ class Ddpm(Solved):
         assert targets.values is not None
         uniform = keyed_uniform(targets.noise_keys, stream("ddpm/time"), targets.span_numbers)
         place = np.floor(uniform * N_TIMES).astype(np.int64)[targets.span_index]
-        kept = _chain().alphas_cumprod[torch.from_numpy(place)][:, None]
-        noise = noise_of(targets, "ddpm/noise")
-        mixed = kept.sqrt() * targets.values + (1 - kept).sqrt() * noise
-        times = torch.from_numpy(place / N_TIMES).float()
+        noise, times = noise_of(targets, "ddpm/noise"), torch.from_numpy(place / N_TIMES).float()
+        mixed = self.mixed(targets.values, noise, times)
         return Corrupted(
             targets.token_ids, np.ones(len(place), dtype=np.float32), values=mixed, times=times, labels=noise
         )
+
+    def mixed(
+        self, data: Float[Tensor, "M C"], noise: Float[Tensor, "M C"], times: Float[Tensor, "M"]
+    ) -> Float[Tensor, "M C"]:
+        """Return what data has become by its time, of those of the chain, with this noise."""
+        of_data = _chain().alphas_cumprod[(times * N_TIMES).round().long()][:, None]
+        return of_data.sqrt() * data + (1 - of_data).sqrt() * noise
 
     def scheduler(self, steps: int | None) -> Any:
         """Return diffusers' DDIM scheduler at the beginning of its steps."""
@@ -75,11 +79,11 @@ class Ddpm(Solved):
         """Take the noise that is predicted away, and as much of it as the next time has back in."""
         assert isinstance(state, SolverState)
         channels, step = logits.shape[-1], state.step + 1
-        values = values_or_noise(state, channels, draw)
+        values = self.present(state, channels, draw)
         renewed = draw.normal(step, torch.arange(len(values)), channels) if self.eta else None
         time = int(state.solver.timesteps[state.step])
         values = state.solver.step(logits, time, values, eta=self.eta, variance_noise=renewed, return_dict=False)[0]
-        return replace(state, values=values, step=step, done=step == state.n_steps)
+        return self.advanced(state, values, state.solver)
 
 
 @lru_cache(maxsize=1)

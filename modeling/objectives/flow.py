@@ -6,7 +6,6 @@ the shift of Stable Diffusion 3 (arXiv:2403.03206), in one decoder with text as 
 """
 
 import copy
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from omniform.kernels.keyed_noise import keyed_normal, keyed_uniform, stream
 from omniform.modeling.objectives.base import Corrupted, Draw, SpanState, TargetSpans
-from omniform.modeling.objectives.solved import Solved, SolverState, flow_scheduler, noise_of, values_or_noise
+from omniform.modeling.objectives.solved import Solved, SolverState, flow_scheduler, noise_of
 
 
 def shifted(t: npt.NDArray[np.float64], shift: float) -> npt.NDArray[np.float64]:
@@ -64,7 +63,7 @@ class Flow(Solved):
             times = 1 / (1 + np.exp(-(self.mean + self.std * keyed_normal(*keys))))
         t = torch.from_numpy(shifted(times, self.time_shift)[targets.span_index]).float()
         noise = noise_of(targets, "flow/noise")
-        mixed = torch.lerp(targets.values, noise, t[:, None])
+        mixed = self.mixed(targets.values, noise, t)
         weights = np.ones(len(t), dtype=np.float32)
         return Corrupted(targets.token_ids, weights, values=mixed, times=t, labels=noise - targets.values)
 
@@ -80,10 +79,15 @@ class Flow(Solved):
         """Follow the velocities that are given to the next time of the solver."""
         assert isinstance(state, SolverState)
         solver = copy.copy(state.solver)
-        values = values_or_noise(state, logits.shape[-1], draw)
+        values = self.present(state, logits.shape[-1], draw)
         values = solver.step(logits, solver.timesteps[state.step], values, return_dict=False)[0]
-        step = state.step + 1
-        return replace(state, solver=solver, values=values, step=step, done=step == state.n_steps)
+        return self.advanced(state, values, solver)
+
+    def mixed(
+        self, data: Float[Tensor, "M C"], noise: Float[Tensor, "M C"], times: Float[Tensor, "M"]
+    ) -> Float[Tensor, "M C"]:
+        """Return what lies between data and noise on a straight line."""
+        return torch.lerp(data, noise, times[:, None])
 
     def scheduler(self, steps: int | None) -> Any:
         """Return diffusers' scheduler of the method at the beginning of its steps."""

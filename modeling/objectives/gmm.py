@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from omniform.modeling.objectives.base import ContinuousRows, Corrupted, Draw, Objective, SpanState, TargetSpans
+from omniform.modeling.objectives.base import ContinuousRows, Corrupted, Draw, Kept, Objective, SpanState, TargetSpans
 from omniform.modeling.objectives.mixture import Mixture, guided_sample, n_parameters
 
 
@@ -85,10 +85,12 @@ class Gmm(MixtureObjective):
         """Count every vector."""
         return Corrupted(targets.token_ids, np.ones(len(targets.token_ids), dtype=np.float32), labels=targets.values)
 
-    def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
-        """Open an empty span of `length` vectors; `steps` does not apply."""
-        assert kept is None, "a span of vectors is made whole"
-        return SpanState(torch.zeros(0, dtype=torch.int64), 0, length)
+    def begin(self, length: int, steps: int | None, mask_id: int, kept: Kept | None = None) -> SpanState:
+        """Open an empty span of `length` vectors; `steps` does not apply.
+
+        Vectors to keep are put where they belong as the span grows, so a new one sees those before it alone.
+        """
+        return SpanState(torch.zeros(0, dtype=torch.int64), 0, length, kept=kept)
 
     def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
         """The newest vector's row, or the begin marker before the first."""
@@ -109,8 +111,12 @@ class Gmm(MixtureObjective):
         mask_id: int,
         draw: Draw,
     ) -> SpanState:
-        """Append one vector."""
-        new, _ = self.sample(logits, state.step, torch.tensor([state.step]), draw)
+        """Append one vector, the one that is kept in its place if there is one."""
+        if state.kept is not None and not state.kept.wanted[state.step]:
+            assert state.kept.values is not None
+            new = state.kept.values[state.step : state.step + 1]
+        else:
+            new, _ = self.sample(logits, state.step, torch.tensor([state.step]), draw)
         values = new if state.values is None else torch.cat([state.values, new])
         token_ids, step = torch.full((len(values),), mask_id), state.step + 1
         return replace(state, token_ids=token_ids, values=values, step=step, done=step == state.n_steps)

@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from omniform.kernels.keyed_noise import keyed_uniform, stream
-from omniform.modeling.objectives.base import Corrupted, Draw, Objective, SpanState, TargetSpans
+from omniform.modeling.objectives.base import Corrupted, Draw, Kept, Objective, SpanState, TargetSpans
 
 Schedule = Literal["cosine", "linear", "square", "cubic", "sqrt"]
 Times = TypeVar("Times", float, npt.NDArray[np.float64])
@@ -137,7 +137,7 @@ class Masked(Objective):
         loss_weights = np.where(hidden, weights[targets.span_index], 0).astype(np.float32)
         return Corrupted(token_ids, loss_weights, count=float(len(token_ids)))
 
-    def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
+    def begin(self, length: int, steps: int | None, mask_id: int, kept: Kept | None = None) -> SpanState:
         """Open a span of `length` masks, or of the contents to keep and masks for the others.
 
         Raises:
@@ -145,7 +145,9 @@ class Masked(Objective):
         """
         if kept is not None and self.block_size is not None:
             raise ValueError("a span with blocks is not edited: leave block_size out, or keep nothing")
-        token_ids = torch.full((length,), mask_id) if kept is None else kept
+        token_ids = torch.full((length,), mask_id)
+        if kept is not None:
+            token_ids = torch.where(kept.wanted, token_ids, kept.token_ids)
         n_steps = min(steps or self.steps, int((token_ids == mask_id).sum()), self.block_size or length)
         return SpanState(token_ids, 0, n_steps, kept=kept, confidence=torch.zeros(length, dtype=torch.float64))
 
@@ -177,7 +179,7 @@ class Masked(Objective):
         token_ids = state.token_ids[block]
         masked = token_ids == mask_id
         choice, log_probability = draw.tokens(logits[masked], state.step, positions[masked])
-        wanted = torch.ones_like(masked) if state.kept is None else state.kept[block] == mask_id
+        wanted = torch.ones_like(masked) if state.kept is None else state.kept.wanted[block]
         left = 1 - (state.step + 1) / state.n_steps
         n_wanted, n_masked = int(wanted.sum()), int(masked.sum())
         # Whatever the schedule rounds to: each step decides one content at least, and leaves one for each step to come.

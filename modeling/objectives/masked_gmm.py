@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from omniform.modeling.objectives.base import ContinuousRows, Corrupted, Draw, SpanState, TargetSpans
+from omniform.modeling.objectives.base import ContinuousRows, Corrupted, Draw, Kept, SpanState, TargetSpans
 from omniform.modeling.objectives.gmm import MixtureObjective
 from omniform.modeling.objectives.masked import Schedule, counted_mask, masked_fraction
 
@@ -57,11 +57,11 @@ class MaskedGmm(MixtureObjective):
         hidden = counted_mask(targets, self.schedule)
         return Corrupted(targets.token_ids, hidden.astype(np.float32), hidden=hidden, labels=targets.values)
 
-    def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
-        """Open a span of `length` unknown vectors."""
-        assert kept is None, "a span of vectors is made whole"
-        known = torch.zeros(length, dtype=torch.bool)
-        return FillingState(torch.full((length,), mask_id), 0, min(steps or self.steps, length), known=known)
+    def begin(self, length: int, steps: int | None, mask_id: int, kept: Kept | None = None) -> SpanState:
+        """Open a span of `length` unknown vectors, or of those to keep and unknown ones for the others."""
+        known = torch.zeros(length, dtype=torch.bool) if kept is None else ~kept.wanted
+        n_steps, values = min(steps or self.steps, int((~known).sum())), None if kept is None else kept.values
+        return FillingState(torch.full((length,), mask_id), 0, n_steps, kept=kept, values=values, known=known)
 
     def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
         """The whole span: known and unknown vectors see each other."""
@@ -96,9 +96,9 @@ class MaskedGmm(MixtureObjective):
         values = torch.zeros(len(unknown), new.shape[-1]) if state.values is None else state.values
         values = values.index_copy(0, positions[unknown], new)
         left = 1 - (state.step + 1) / state.n_steps
-        n_unknown = int(unknown.sum())
+        n_unknown, n_wanted = int(unknown.sum()), len(unknown) if state.kept is None else int(state.kept.wanted.sum())
         # Whatever the schedule rounds to: each step decides one at least, and leaves one for each step to come.
-        n_left = max(math.floor(masked_fraction(left, self.schedule) * len(unknown)), state.n_steps - state.step - 1)
+        n_left = max(math.floor(masked_fraction(left, self.schedule) * n_wanted), state.n_steps - state.step - 1)
         n_left = min(n_left, n_unknown - 1)
         noise = self.choice_temperature * left * draw.gumbel(state.step, positions)[unknown]
         again = positions[unknown][draw.smallest(log_density.double() + noise, n_left)]

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from omniform.kernels.keyed_noise import keyed_uniform, stream
-from omniform.modeling.objectives.base import Corrupted, Draw, Objective, SpanState, TargetSpans
+from omniform.modeling.objectives.base import Corrupted, Draw, Kept, Objective, SpanState, TargetSpans
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -46,7 +46,7 @@ class NextToken(Objective):
             token_ids = np.where(hidden, mask_id, token_ids)
         return Corrupted(token_ids, np.ones(len(token_ids), dtype=np.float32))
 
-    def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
+    def begin(self, length: int, steps: int | None, mask_id: int, kept: Kept | None = None) -> SpanState:
         """Open an empty span of at most `length` contents; `steps` does not apply.
 
         Contents to keep are put where they belong as the span grows, so a new content sees those before it alone.
@@ -67,8 +67,8 @@ class NextToken(Objective):
         draw: Draw,
     ) -> SpanState:
         """Append one token, the one that is kept in its place if there is one."""
-        if state.kept is not None and int(state.kept[state.step]) != mask_id:
-            content = state.kept[state.step : state.step + 1]
+        if state.kept is not None and not state.kept.wanted[state.step]:
+            content = state.kept.token_ids[state.step : state.step + 1]
         else:
             content = draw.tokens(logits, state.step, torch.tensor([state.step]))[0] + first_id
         token_ids = torch.cat([state.token_ids, content])

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from omniform.kernels.keyed_noise import keyed_normal, stream
-from omniform.modeling.objectives.base import ContinuousRows, Draw, Objective, SpanState, TargetSpans
+from omniform.modeling.objectives.base import ContinuousRows, Draw, Kept, Objective, SpanState, TargetSpans
 
 
 @plain_dataclass(frozen=True)
@@ -29,6 +30,9 @@ class SolverState(SpanState):
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Solved(Objective):
     """A span whose rows see each other, all at one time between data (0) and noise (1).
+
+    In an edited span what is kept goes through the same times, mixed with the noise that the span began with, and is
+    itself again at the end (RePaint, arXiv:2201.09865; deviation: no step is taken back to harmonise the two).
 
     The loss of a token is the mean over its channels of the squared error.
     """
@@ -57,11 +61,10 @@ class Solved(Objective):
         losses = (logits.float() - labels).square().mean(dim=-1)
         return (losses * weights).where(weights > 0, 0.0).sum()
 
-    def begin(self, length: int, steps: int | None, mask_id: int, kept: Int[Tensor, "K"] | None = None) -> SpanState:
+    def begin(self, length: int, steps: int | None, mask_id: int, kept: Kept | None = None) -> SpanState:
         """Open a span of `length` vectors, all noise until the first step."""
-        assert kept is None, "a span of vectors is made whole"
         solver = self.scheduler(steps)
-        return SolverState(torch.full((length,), mask_id), 0, len(solver.timesteps), solver=solver)
+        return SolverState(torch.full((length,), mask_id), 0, len(solver.timesteps), kept=kept, solver=solver)
 
     def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
         """The whole span: its vectors see each other."""
@@ -69,10 +72,38 @@ class Solved(Objective):
 
     def vectors(self, state: SpanState, channels: int, draw: Draw) -> ContinuousRows:
         """Return the whole span at its present time."""
+        values = self.present(state, channels, draw)
+        return ContinuousRows(torch.arange(len(values)), values, torch.full((len(values),), self._time(state)))
+
+    @abstractmethod
+    def mixed(
+        self, data: Float[Tensor, "M C"], noise: Float[Tensor, "M C"], times: Float[Tensor, "M"]
+    ) -> Float[Tensor, "M C"]:
+        """Return what data and noise are between their times, 0 and 1."""
+
+    def present(self, state: SpanState, channels: int, draw: Draw) -> Float[Tensor, "N C"]:
+        """Return the span's vectors as the next step finds them; before the first, noise that keys alone decide."""
+        positions = torch.arange(len(state.token_ids))
+        values = draw.normal(0, positions, channels) if state.values is None else state.values
+        if state.kept is None:
+            return values
+        assert state.kept.values is not None
+        times = torch.full((len(positions),), self._time(state))
+        kept = self.mixed(state.kept.values, draw.normal(0, positions, channels), times)
+        return torch.where(state.kept.wanted[:, None], values, kept)
+
+    def advanced(self, state: SolverState, values: Float[Tensor, "N C"], solver: Any) -> SolverState:
+        """Return the state after a step that led to `values`; after the last what is kept is as it was."""
+        step = state.step + 1
+        done = step == state.n_steps
+        if done and state.kept is not None:
+            assert state.kept.values is not None
+            values = torch.where(state.kept.wanted[:, None], values, state.kept.values)
+        return replace(state, solver=solver, values=values, step=step, done=done)
+
+    def _time(self, state: SpanState) -> float:
         assert isinstance(state, SolverState)
-        n = len(state.token_ids)
-        time = float(state.solver.timesteps[state.step]) / state.solver.config.num_train_timesteps
-        return ContinuousRows(torch.arange(n), values_or_noise(state, channels, draw), torch.full((n,), time))
+        return float(state.solver.timesteps[state.step]) / state.solver.config.num_train_timesteps
 
 
 def flow_scheduler(method: Literal["euler", "heun"], sigmas: Float[Tensor, "S"]) -> Any:
@@ -112,10 +143,3 @@ def noise_of(targets: TargetSpans, name: str) -> Float[Tensor, "M C"]:
     spans, channels = targets.span_index, np.arange(targets.values.shape[-1])
     keys = (targets.noise_keys[spans, None], stream(name), targets.span_numbers[spans, None])
     return torch.from_numpy(keyed_normal(*keys, targets.positions[:, None], channels)).float()
-
-
-def values_or_noise(state: SpanState, channels: int, draw: Draw) -> Float[Tensor, "N C"]:
-    """Return the span's vectors; before the first step the noise, which keys alone decide."""
-    if state.values is not None:
-        return state.values
-    return draw.normal(0, torch.arange(len(state.token_ids)), channels)

@@ -96,6 +96,23 @@ def test_replies_in_a_batch_are_those_alone_within_rounding(learnt: Model) -> No
         assert torch.equal(drawn(reply, learnt), drawn(learnt.generate(name, to="image", seed=seed), learnt))
 
 
+def test_half_a_picture_is_drawn_anew_and_the_other_stays(learnt: Model) -> None:
+    tokenizer: Any = learnt.tokenizers["image"]
+    mask = Image.new("L", (4, 4))
+    mask.paste(255, (0, 2, 4, 4))
+    for name, other in (("left", "top"), ("top", "left")):
+        # What the mask hides says nothing: patches see no further than themselves.
+        given = tokenizer.to_pil(PICTURES[name])
+        [reply] = learnt.generate_batch([name], to="image", image=given, mask=mask, seed=[4])
+        assert reply.images[0].crop((0, 0, 4, 2)).tobytes() == given.crop((0, 0, 4, 2)).tobytes()
+        assert (drawn(reply, learnt) - PICTURES[name]).abs().max() < 0.35
+        spoilt = Image.composite(tokenizer.to_pil(PICTURES[other]), given, mask)
+        mended = learnt.generate(name, to="image", image=spoilt, mask=mask, seed=4)
+        assert mended.images[0].tobytes() == reply.images[0].tobytes()
+    varied = learnt.generate("left", to="image", image=tokenizer.to_pil(PICTURES["left"]), strength=0.5, seed=1)
+    assert (drawn(varied, learnt) - PICTURES["left"]).abs().max() < 0.35
+
+
 def test_guidance_steps_and_a_stored_model_change_what_they_should(learnt: Model, tmp_path: Path) -> None:
     plain = learnt.generate("left", to="image", seed=3)
     guided = learnt.generate("left", to="image", seed=3, guidance_scale=2.0)
@@ -132,7 +149,6 @@ def test_settings_for_the_other_parts_of_a_reply_do_not_reach_vectors(tokenizers
     [
         ({"temperature": 0.5}, "temperature does not apply to image, generated as vectors"),
         ({"top_k": 5}, "top_k does not apply to image"),
-        ({"image": Image.new("L", (4, 4)), "strength": 0.5}, "draws pictures as vectors, which it makes whole"),
         ({"max_new_tokens": 3}, "max_new_tokens does not apply to image"),
     ],
 )

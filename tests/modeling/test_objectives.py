@@ -12,7 +12,7 @@ from span_oracle import END, FIRST, MASK, SCHEDULES, OracleDraw, spans
 
 from omniform.inference.sampling import KeyedDraw
 from omniform.modeling.generation_config import SamplingSettings
-from omniform.modeling.objectives.base import Objective
+from omniform.modeling.objectives.base import Kept, Objective
 from omniform.modeling.objectives.masked import EARLIEST_TIME, Masked, Schedule, masked_fraction, masking_rate
 from omniform.modeling.objectives.next_token import NextToken
 
@@ -62,7 +62,7 @@ def test_a_perfect_model_recovers_the_span_in_any_number_of_steps(
     # Contents to keep that no model would predict: they must stay all the same.
     given_ids = torch.where(wanted, MASK, (truth + 1) % 50 + FIRST)
     draw = OracleDraw(seed)
-    state = objective.begin(length, steps, MASK, None if wanted.all() else given_ids)
+    state = objective.begin(length, steps, MASK, None if wanted.all() else Kept(wanted, given_ids))
     n_masked = [int(wanted.sum())]
     while not state.done:
         assert state.step < min(steps, n_masked[0])
@@ -80,13 +80,14 @@ def test_a_perfect_model_recovers_the_span_in_any_number_of_steps(
 
 @given(st.integers(1, 12), st.data())
 def test_next_token_keeps_contents_in_their_places(length: int, data: st.DataObject) -> None:
-    kept = torch.tensor(data.draw(st.lists(st.sampled_from([MASK, FIRST + 7]), min_size=length, max_size=length)))
+    wanted = torch.tensor(data.draw(st.lists(st.booleans(), min_size=length, max_size=length)))
+    kept = Kept(wanted, torch.full((length,), FIRST + 7))
     objective, draw = NextToken(), OracleDraw(0)
     state = objective.begin(length, None, MASK, kept)
     while not state.done:
         logits = torch.nn.functional.one_hot(torch.tensor([state.step]), 50).float()
         state = objective.step(state, logits, FIRST, None, MASK, draw)
-    assert torch.equal(state.token_ids, torch.where(kept == MASK, torch.arange(length) + FIRST, kept))
+    assert torch.equal(state.token_ids, torch.where(wanted, torch.arange(length) + FIRST, FIRST + 7))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
