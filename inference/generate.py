@@ -98,8 +98,8 @@ class Model:
             mask: what of `image` to draw anew: a picture of its size, black where it stays. Every token that touches
                 the rest is new, and pixels under black come back as they were. Unless given, what is transparent.
             strength: instead of a mask, the fraction of the picture's tokens to draw anew, chosen by the seed.
-            max_new_tokens: most tokens of a text or of speech, its end included; unless given also bounded by the room
-                that is left.
+            max_new_tokens: most tokens of a text or of speech, its end included; see `SamplingSettings`. Unless given
+                also bounded by the room that is left.
             temperature, top_k, top_p, guidance_scale, steps: see `SamplingSettings`. A default guidance_scale is not
                 applied to an empty prompt, which leaves nothing to guide towards.
             suffix: what stands after the prompt: the reply is the text between the two, by a model that has learnt to

@@ -35,7 +35,7 @@ from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.base import CodedObjective, Objective
 from omniform.modeling.objectives.next_token import NextToken
 from omniform.modeling.packed_batch import pack
-from omniform.modeling.sequence import MultimodalSequence, Part, Role
+from omniform.modeling.sequence import MultimodalSequence, Part, Role, document_length
 from omniform.tokenizers.base import Tokens
 
 KINDS = ["flattened", "delayed", "parallel"]
@@ -56,6 +56,7 @@ def drain(model: UnifiedModel, sessions: Sequence[Session]) -> list[list[list[in
     return [[tokens.codes.tolist() for tokens in session.generated] for session in sessions]
 
 
+@settings(max_examples=50)
 @given(
     st.sampled_from(KINDS),
     st.integers(0, 8),
@@ -76,27 +77,21 @@ def test_what_training_shows_is_what_generation_makes_and_reads(
     truth = codebooks.arrange(frames)
     truth = torch.cat([truth, truth[-1:].expand(30, -1)])
     while session.span:
-        state, (rows,) = session.span.state, session.step_rows(vocabulary)
-        if objective.commits and state.step:
-            held = rows.coded["speech"]
-            if state.step < 1 + more and n_frames >= codebooks.layout.n_frames(1 + more):
-                assert held.ids.shape == (1, n_codebooks)
-            if codebooks.n_rows(frames.numel()) <= 1 + more:
-                assert torch.equal(held.ids[0], truth[state.step - 1])
-        asked = session.asked()
+        state, (rows,), asked = session.span.state, session.step_rows(vocabulary), session.asked()
         assert asked is not None
+        if objective.commits and state.step:
+            assert torch.equal(rows.coded["speech"].ids, state.token_ids[-1:])
         first = state.step if objective.commits else state.n_final
         choices = vocabulary.to_choices("speech", truth[first + asked.rows, asked.codebooks], asked.codebooks)
-        session.advance([20.0 * torch.nn.functional.one_hot(choices, size + 1).float()], vocabulary)
+        logits = 20.0 * torch.nn.functional.one_hot(choices, size + 1).float()
+        made = session.advance([logits], vocabulary).state.token_ids
     (tokens,) = session.generated
     assert isinstance(tokens, Tokens)
     n_whole = min(n_frames, codebooks.layout.n_frames(1 + more))
     assert tokens.grid == (n_whole, n_codebooks)
     assert torch.equal(tokens.codes.view(tokens.grid), frames[:n_whole])
-    # The rows that were made are the first ones of the part that they became.
-    if objective.commits:
-        (branch,) = session.branches
-        assert [part.tokens.grid for part in branch.parts] == [tokens.grid]
+    if objective.commits:  # what the cache holds of the span is how the part that it became begins
+        assert torch.equal(made, codebooks.arrange(frames[:n_whole])[: len(made)])
 
 
 @torch.no_grad()
@@ -122,7 +117,9 @@ def uncached(
             asked, outputs = objective.asked(state) if coded else None, []
             for parts in documents:
                 layout = MultimodalSequence.build([*parts, placeholder], vocabulary, objectives)
-                first = layout.spans[len(parts)].start
+                first = (
+                    document_length([(p.modality, len(p.tokens), p.role) for p in parts], vocabulary, objectives) + 1
+                )
                 rows = state.token_ids
                 token_ids, held = layout.token_ids.copy(), layout.coded
                 if coded:
@@ -232,7 +229,7 @@ def test_codes_are_drawn_from_the_product_of_their_conditionals(kind: str) -> No
     assert sum(expected.values()) == pytest.approx(1)
 
     found: Counter[tuple[tuple[int, int], ...]] = Counter()
-    n = 1500
+    n = 1000
     for seed in range(n):
         session = speech_session([], SamplingSettings(max_new_tokens=codebooks.layout.n_steps(2)), seed=seed)
         session.open_span(None, vocabulary, objectives)
@@ -259,7 +256,7 @@ def test_codes_are_drawn_from_the_product_of_their_conditionals(kind: str) -> No
     assert len(expected) == 21
 
 
-LENGTHS = (0, 1, 2, 3, 4, 4, 3, 2, 5, 1)
+LENGTHS = (0, 1, 2, 3, 4, 5, 3, 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -275,17 +272,16 @@ def test_words_are_said_and_understood_under_every_layout(kind: str) -> None:
     torch.manual_seed(0)
     model = UnifiedModel(ModelConfig(decoder=decoder, objectives=objectives), vocabulary)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
-    for step in range(160 if kind == "parallel" else 80):
+    # Of a word only one level is learnt at a time: it is shown more often.
+    n_shown = 4 if kind == "parallel" else 1
+    for step in range(120 if kind == "parallel" else 70):
+        documents = [[coded_part(words[place], Role.CONTEXT), text_part([place], Role.TARGET)] for place in range(1, 8)]
+        documents += [
+            [text_part([place], Role.CONTEXT), coded_part(words[place], Role.TARGET)] for place in range(8)
+        ] * n_shown
         sequences = [
-            MultimodalSequence.build(parts, vocabulary, objectives, noise_key=step * 100 + 2 * place + said)
-            for place, word in enumerate(words)
-            for said, parts in enumerate(
-                (
-                    [coded_part(word, Role.CONTEXT), text_part([place], Role.TARGET)],
-                    [text_part([place], Role.CONTEXT), coded_part(word, Role.TARGET)],
-                )
-            )
-            if said or len(word)
+            MultimodalSequence.build(parts, vocabulary, objectives, noise_key=step * 100 + number)
+            for number, parts in enumerate(documents)
         ]
         batch = pack([[s] for s in sequences], max(map(len, sequences)), vocabulary)
         corrupted = corrupt(batch, vocabulary, objectives)
