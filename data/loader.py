@@ -310,6 +310,11 @@ class TrainingData:
                 f"{path}: task {task} fills gaps token by token, but model.objectives.{modality} is for {how}: "
                 "expected next_token and spans that end themselves, as those of text"
             )
+        if self._vocabulary.n_codebooks(modality) > 1:
+            raise DataError(
+                f"{path}: task {task} cuts a span between any two tokens, but {modality} has several codes a frame: "
+                "name a modality of one codebook, such as text"
+            )
 
 
 def _check_modalities(path: Path, task: str, tokenizers: Mapping[str, Modality]) -> None:

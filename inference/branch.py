@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from omniform.modeling.codebooks import CodedRows
 from omniform.modeling.objectives.base import ContinuousRows, Objective
 from omniform.modeling.sequence import MultimodalSequence, Part, document_length
 from omniform.tokenizers.vocabulary import Vocabulary
@@ -36,10 +38,16 @@ class Branch:
         self._first_content = self.n_rows(vocabulary, objectives) + 1
         self._first_row = self._first_content - int(objectives[target.modality].commits)
 
-    def settle(self, contents: Int[Tensor, "N"]) -> None:
+    def settle(self, modality: str, contents: Int[Tensor, "N *Q"]) -> None:
         """Take the leading contents of the open span as final: their rows may join the cache."""
         assert self._layout is not None
         first, self._first_row = self._first_content, self._first_content + len(contents)
+        if contents.ndim == 2:
+            held = self._layout.coded[modality]
+            places = torch.searchsorted(held.rows, first + torch.arange(len(contents)))
+            coded = {**self._layout.coded, modality: CodedRows(held.rows, held.ids.index_copy(0, places, contents))}
+            self._layout = dataclasses.replace(self._layout, coded=coded)
+            return
         token_ids = self._layout.token_ids.copy()
         token_ids[first : self._first_row] = contents.numpy()
         self._layout = dataclasses.replace(self._layout, token_ids=token_ids)
@@ -67,9 +75,12 @@ class Branch:
         count = self._first_row - self.n_committed
         return self._rows(count) if count > 0 else None
 
-    def step_rows(self, token_ids: Tensor, vectors: Mapping[str, ContinuousRows]) -> MultimodalSequence:
-        """Return the next rows of the open span, holding `token_ids` and, in their place, `vectors`."""
-        return dataclasses.replace(self._rows(len(token_ids)), token_ids=token_ids.numpy(), vectors=vectors)
+    def step_rows(
+        self, token_ids: Tensor, vectors: Mapping[str, ContinuousRows], coded: Mapping[str, CodedRows]
+    ) -> MultimodalSequence:
+        """Return the next rows of the open span, holding `token_ids` and, in their place, `vectors` or `coded` ids."""
+        rows = self._rows(len(token_ids))
+        return dataclasses.replace(rows, token_ids=token_ids.numpy(), vectors=vectors, coded=coded)
 
     def _rows(self, count: int) -> MultimodalSequence:
         assert self._layout is not None

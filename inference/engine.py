@@ -11,6 +11,7 @@ from omniform.inference.branch import Branch
 from omniform.inference.cache import KVCache
 from omniform.inference.session import OpenSpan, Session
 from omniform.modeling.model import UnifiedModel
+from omniform.modeling.objectives.base import Asked
 from omniform.modeling.packed_batch import pack
 from omniform.modeling.sequence import MultimodalSequence
 
@@ -90,11 +91,12 @@ class Engine:
             # What stands before the span; later the blocks of it that are done, of objectives that have blocks.
             rows = [branch.pending() if session.span else None for session in sessions for branch in session.branches]
             self._forward(branches, rows, cache, commit=True)
-            rows = []
+            rows, asked = [], list[Asked | None]()
             for session in sessions:
                 rows += session.step_rows(vocabulary) if session.span else [None] * len(session.branches)
+                asked += [session.asked() if session.span else None] * len(session.branches)
             hidden = self._forward(branches, rows, cache, commit=objective.commits)
-            logits = iter(self._outputs(hidden, rows, modality))
+            logits = iter(self._outputs(hidden, rows, asked, modality))
             steps = []
             for place, session in enumerate(sessions):
                 if session.span:
@@ -121,9 +123,9 @@ class Engine:
         token_ids, modality_ids = batch.token_ids.to(device), batch.modality_ids.to(device)
         span_positions, position_ids = batch.span_positions.to(device), batch.position_ids.to(device)
         vectors = {name: held.to(device) for name, held in batch.vectors.items()}
-        hidden = self.model.hidden(
-            token_ids, modality_ids, span_positions, position_ids, cache.covering(new_pattern), cache, vectors
-        )
+        coded = {name: held.to(device) for name, held in batch.coded.items()}
+        given = (token_ids, modality_ids, span_positions, position_ids, cache.covering(new_pattern))
+        hidden = self.model.hidden(*given, cache, vectors, coded=coded)
         if commit:
             cache.commit(new_pattern)
             for branch, length in zip(branches, lengths, strict=True):
@@ -132,12 +134,21 @@ class Engine:
 
     @torch.inference_mode()
     def _outputs(
-        self, hidden: Float[Tensor, "B N D"], rows: Sequence[MultimodalSequence | None], modality: str
+        self,
+        hidden: Float[Tensor, "B N D"],
+        rows: Sequence[MultimodalSequence | None],
+        asked: Sequence[Asked | None],
+        modality: str,
     ) -> Sequence[Float[Tensor, "R W"]]:
         """Return what the span's objective reads of each branch that has rows, on the CPU in fp32."""
-        counts = [len(new) for new in rows if new is not None]
-        found = torch.cat([hidden[place, : len(new)] for place, new in enumerate(rows) if new is not None])
-        return self.model.outputs(found, modality).float().cpu().split(counts)
+        found, codebooks = [], []
+        for place, (new, of_codes) in enumerate(zip(rows, asked, strict=True)):
+            if new is not None:
+                own = hidden[place, : len(new)]
+                found.append(own if of_codes is None else own[of_codes.rows.to(own.device)])
+                codebooks += [] if of_codes is None else [of_codes.codebooks.to(own.device)]
+        outputs = self.model.outputs(torch.cat(found), modality, torch.cat(codebooks) if codebooks else None)
+        return outputs.float().cpu().split([len(one) for one in found])
 
     @torch.inference_mode()
     def _next_span_logits(self, hidden: Float[Tensor, "D"]) -> Float[Tensor, "W"]:

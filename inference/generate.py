@@ -38,6 +38,7 @@ from omniform.inference.protocol import (
 from omniform.inference.room import fit
 from omniform.inference.sampling import sampling_settings
 from omniform.inference.session import Plan, Session
+from omniform.modeling.codebooks import Codebooks
 from omniform.modeling.config import parse_config
 from omniform.modeling.folder import LoadedModel, load_model_folder
 from omniform.modeling.generation_config import GenerationConfig, SamplingSettings
@@ -97,8 +98,8 @@ class Model:
             mask: what of `image` to draw anew: a picture of its size, black where it stays. Every token that touches
                 the rest is new, and pixels under black come back as they were. Unless given, what is transparent.
             strength: instead of a mask, the fraction of the picture's tokens to draw anew, chosen by the seed.
-            max_new_tokens: most tokens of a text or of speech, its end included; unless given also bounded by the room
-                that is left.
+            max_new_tokens: most tokens of a text or of speech, its end included; see `SamplingSettings`. Unless given
+                also bounded by the room that is left.
             temperature, top_k, top_p, guidance_scale, steps: see `SamplingSettings`. A default guidance_scale is not
                 applied to an empty prompt, which leaves nothing to guide towards.
             suffix: what stands after the prompt: the reply is the text between the two, by a model that has learnt to
@@ -386,13 +387,17 @@ class Model:
 
     def _n_rows(self, parts: Sequence[Part]) -> int:
         described = [(part.modality, len(part.tokens), part.role) for part in parts]
-        return document_length(described, self.network.vocabulary, {})
+        return document_length(described, self.network.vocabulary, self.network.config.objectives)
 
     def _encode(self, parts: Sequence[ContentPart]) -> list[Part]:
         """Tokenise parts, unless they are known before to be too long: hours of sound take minutes to encode."""
         tokenizers, room = [self.tokenizers[part.modality] for part in parts], self.max_sequence_length
-        items = [item_of(part, tokenizer, room) for part, tokenizer in zip(parts, tokenizers, strict=True)]
+        vocabulary, objectives = self.network.vocabulary, self.network.config.objectives
+        coded = [Codebooks.of(part.modality, vocabulary, objectives[part.modality].layout) for part in parts]
+        most = [room if codebooks is None else codebooks.n_codes(room) for codebooks in coded]
+        items = [item_of(part, tokenizer, n) for part, tokenizer, n in zip(parts, tokenizers, most, strict=True)]
         counts = [tokenizer.n_tokens(item) or 0 for item, tokenizer in zip(items, tokenizers, strict=True)]
+        counts = [n if books is None else books.n_rows(n) for n, books in zip(counts, coded, strict=True)]
         if sum(counts) > room:
             told = ", ".join(f"{part.modality} {count}" for part, count in zip(parts, counts, strict=True) if count)
             raise OmniformError(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from omniform.inference.branch import Branch
 from omniform.inference.sampling import KeyedDraw
+from omniform.modeling.codebooks import Codebooks, CodedRows
 from omniform.modeling.generation_config import SamplingSettings
-from omniform.modeling.objectives.base import Kept, Objective, SpanState
+from omniform.modeling.objectives.base import Asked, CodedObjective, Kept, Objective, SpanState
 from omniform.modeling.sequence import MultimodalSequence, Part, Role
 from omniform.tokenizers.base import Latents, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
@@ -26,12 +27,14 @@ class OpenSpan:
         number: place among the generated spans of the session.
         grid: of its tokens, or None where it ends itself.
         opening: see `Part`.
+        codebooks: of its modality; None where there is one.
     """
 
     modality: str
     number: int
     grid: tuple[int, ...] | None
     opening: str | None
+    codebooks: Codebooks | None
     objective: Objective
     settings: SamplingSettings
     draw: KeyedDraw
@@ -103,7 +106,10 @@ class Session:
             logits: over `vocabulary.next_span_range`.
         """
         room = self._room(vocabulary, objectives)
-        needed = {name: 3 if grid is None else 1 + math.prod(grid) for name, grid in fixed_grids.items()}
+        needed = {
+            name: _least(name, vocabulary, objectives[name]) if grid is None else 1 + math.prod(grid)
+            for name, grid in fixed_grids.items()
+        }
         ids = {vocabulary.begin(name): name for name, rows in needed.items() if rows <= room}
         first_id = vocabulary.next_span_range.start
         allowed = [*ids, *([vocabulary.end] if self.generated or not ids else [])]
@@ -130,7 +136,10 @@ class Session:
             settings = dataclasses.replace(
                 settings, max_new_tokens=max(1, min(settings.max_new_tokens, self._room(vocabulary, objectives) - 2))
             )
+        codebooks = Codebooks.of(modality, vocabulary, objective.layout)
         shape = (settings.max_new_tokens,) if grid is None else grid
+        if codebooks is not None:
+            shape = (codebooks.layout.n_frames(settings.max_new_tokens), codebooks.layout.n_codebooks)
         length, channels = math.prod(shape), vocabulary.channels_of(modality)
         unknown: Tokens | Latents
         if channels is None:
@@ -150,8 +159,12 @@ class Session:
                 kept = Kept(plan.wanted, vocabulary.to_ids(modality, plan.kept.codes))
             else:
                 kept = Kept(plan.wanted, torch.full((length,), vocabulary.mask), plan.kept.values)
-        state = objective.begin(length, settings.steps, vocabulary.mask, kept)
-        self.span = OpenSpan(modality, number, grid, opening, objective, settings, draw, state)
+        if codebooks is None:
+            state = objective.begin(length, settings.steps, vocabulary.mask, kept)
+        else:
+            assert isinstance(objective, CodedObjective)
+            state = objective.begin_coded(settings.max_new_tokens, settings.steps, vocabulary.mask, codebooks)
+        self.span = OpenSpan(modality, number, grid, opening, codebooks, objective, settings, draw, state)
 
     def _room(self, vocabulary: Vocabulary, objectives: Mapping[str, Objective]) -> int:
         return self.plan.max_rows - max(branch.n_rows(vocabulary, objectives) for branch in self.branches)
@@ -163,7 +176,19 @@ class Session:
         token_ids = span.objective.inputs(span.state, vocabulary.begin(span.modality, span.opening))
         channels = vocabulary.channels_of(span.modality)
         held = None if channels is None else span.objective.vectors(span.state, channels, span.draw)
-        return [branch.step_rows(token_ids, {} if held is None else {span.modality: held}) for branch in self.branches]
+        vectors, coded = {} if held is None else {span.modality: held}, {}
+        if token_ids.ndim == 2:
+            coded = {span.modality: CodedRows(torch.arange(len(token_ids)), token_ids)}
+            token_ids = torch.full((len(token_ids),), vocabulary.mask)
+        return [branch.step_rows(token_ids, vectors, coded) for branch in self.branches]
+
+    def asked(self) -> Asked | None:
+        """Return which codes of those rows the next step is about; None where rows hold one content."""
+        span = self.span
+        assert span is not None
+        return (
+            span.objective.asked(span.state) if isinstance(span.objective, CodedObjective) and span.codebooks else None
+        )
 
     def advance(self, logits: Sequence[Float[Tensor, "R W"]], vocabulary: Vocabulary) -> OpenSpan:
         """Take one step of the open span, given the model's outputs for each branch; close the span when it is done."""
@@ -178,17 +203,22 @@ class Session:
             self._close(span, vocabulary)
         elif span.state.n_final:
             for branch in self.branches:
-                branch.settle(span.state.token_ids[: span.state.n_final])
+                branch.settle(span.modality, span.state.token_ids[: span.state.n_final])
         return span
 
     def _close(self, span: OpenSpan, vocabulary: Vocabulary) -> None:
         contents = span.state.token_ids
         end_id = vocabulary.end_of(span.modality)
-        if end_id is not None:  # an objective that fills a span in place can put its end anywhere
+        if (
+            span.codebooks is None and end_id is not None
+        ):  # an objective that fills a span in place can put its end anywhere
             ends = contents.eq(end_id).nonzero().flatten()
             contents = contents[: int(ends[0])] if len(ends) else contents
         tokens: Tokens | Latents
-        if span.state.values is None:
+        if span.codebooks is not None:
+            frames = span.codebooks.restore(contents)
+            tokens = Tokens(frames.flatten(), tuple(frames.shape))
+        elif span.state.values is None:
             codes = vocabulary.to_codes(span.modality, contents)
             tokens = Tokens(codes, (len(codes),) if span.grid is None else span.grid)
         else:
@@ -203,3 +233,9 @@ class Session:
         self.done = n_done == (self.plan.max_parts if to is None else len(to))
         if to is not None and not self.done:
             self.upcoming = to[n_done]
+
+
+def _least(modality: str, vocabulary: Vocabulary, objective: Objective) -> int:
+    """Return the rows of the shortest span of free length that holds anything."""
+    codebooks = Codebooks.of(modality, vocabulary, objective.layout)
+    return 1 + (2 if codebooks is None else codebooks.n_rows(codebooks.layout.n_codebooks))

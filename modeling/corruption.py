@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from omniform.modeling.attention_pattern import PADDING, AttentionPattern
+from omniform.modeling.codebooks import CodedRows
 from omniform.modeling.objectives.base import ContinuousRows, Corrupted, Objective
 from omniform.modeling.packed_batch import PackedBatch
 from omniform.tokenizers.vocabulary import Vocabulary
@@ -28,26 +29,30 @@ class Predictions:
             its objective predicts.
         weights: weight per prediction; 0 counts for nothing.
         count: what the loss sum is to be divided by.
+        codebooks: which one each prediction is of, where there are several.
     """
 
     rows: Int[Tensor, "M"]
     labels: Int[Tensor, "M"] | Float[Tensor, "M C"]
     weights: Float[Tensor, "M"]
     count: float
+    codebooks: Int[Tensor, "M"] | None = None
 
     def to(self, device: torch.device | str) -> "Predictions":
         """Return the same on `device`."""
-        return Predictions(self.rows.to(device), self.labels.to(device), self.weights.to(device), self.count)
+        codebooks = None if self.codebooks is None else self.codebooks.to(device)
+        return Predictions(self.rows.to(device), self.labels.to(device), self.weights.to(device), self.count, codebooks)
 
     @classmethod
-    def dummy(cls, channels: int | None = None) -> "Predictions":
+    def dummy(cls, channels: int | None = None, n_codebooks: int = 1) -> "Predictions":
         """Return one prediction of weight 0, so that a head without targets runs on every rank all the same.
 
         Args:
             channels: of a continuous modality.
         """
         row = torch.zeros(1, dtype=torch.int64)
-        return cls(row, row if channels is None else torch.zeros(1, channels), torch.zeros(1), 0.0)
+        labels = row if channels is None else torch.zeros(1, channels)
+        return cls(row, labels, torch.zeros(1), 0.0, None if n_codebooks == 1 else row)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class CorruptedBatch:
         predictions: every modality of the vocabulary, in its order, then `NEXT_SPAN`: which span follows. What has no
             targets has one dummy of weight 0, so that all ranks run the same modules in the same order.
         vectors: by continuous modality that the batch holds, its content rows, flat, and what they hold.
+        coded: by modality of several codebooks that the batch holds, its content rows, flat, and what they hold.
     """
 
     token_ids: Int[Tensor, "B L"]
@@ -67,6 +73,7 @@ class CorruptedBatch:
     pattern: AttentionPattern
     predictions: Mapping[str, Predictions]
     vectors: Mapping[str, ContinuousRows] = field(default_factory=dict)
+    coded: Mapping[str, CodedRows] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, float]:
@@ -90,6 +97,7 @@ class CorruptedBatch:
             self.pattern.to(device),
             {modality: p.to(device) for modality, p in self.predictions.items()},
             {modality: held.to(device) for modality, held in self.vectors.items()},
+            {modality: held.to(device) for modality, held in self.coded.items()},
         )
 
 
@@ -97,18 +105,27 @@ def corrupt(batch: PackedBatch, vocabulary: Vocabulary, objectives: Mapping[str,
     """Run the forward process of every target span of the batch."""
     token_ids = batch.token_ids.clone()
     flat_ids = token_ids.view(-1)
-    predictions, vectors = {}, dict(batch.vectors)
+    predictions, vectors, coded = {}, dict(batch.vectors), dict(batch.coded)
     for modality in vocabulary.names:
         targets = batch.targets.get(modality)
         if targets is None:
-            predictions[modality] = Predictions.dummy(vocabulary.channels_of(modality))
+            channels, n_codebooks = vocabulary.channels_of(modality), vocabulary.n_codebooks(modality)
+            predictions[modality] = Predictions.dummy(channels, n_codebooks)
             continue
         objective = objectives[modality]
         corrupted = objective.corrupt(targets, vocabulary.mask)
-        flat_ids[torch.from_numpy(targets.rows)] = torch.from_numpy(corrupted.token_ids)
+        rows, read = torch.from_numpy(targets.rows), torch.from_numpy(corrupted.token_ids)
         counted = corrupted.loss_weights > 0
+        codebooks = None
+        if targets.codebooks is None:
+            flat_ids[rows] = read
+        else:
+            held, codebooks = coded[modality], torch.from_numpy(targets.codebooks)
+            places = torch.searchsorted(held.rows, rows)
+            coded[modality] = CodedRows(held.rows, held.ids.index_put((places, codebooks), read))
+            codebooks = codebooks[torch.from_numpy(counted)]
         if corrupted.labels is None:
-            labels = torch.from_numpy(targets.token_ids[counted] - vocabulary.target_range(modality).start)
+            labels = vocabulary.to_choices(modality, torch.from_numpy(targets.token_ids[counted]), codebooks)
         else:
             labels = corrupted.labels[torch.from_numpy(counted)]
             vectors[modality] = _corrupted(vectors[modality], targets.rows, corrupted)
@@ -117,6 +134,7 @@ def corrupt(batch: PackedBatch, vocabulary: Vocabulary, objectives: Mapping[str,
             labels,
             torch.from_numpy(corrupted.loss_weights[counted]),
             float(corrupted.loss_weights.sum()) if corrupted.count is None else corrupted.count,
+            codebooks,
         )
     rows, following = batch.next_spans
     predictions[NEXT_SPAN] = Predictions.dummy()
@@ -124,7 +142,14 @@ def corrupt(batch: PackedBatch, vocabulary: Vocabulary, objectives: Mapping[str,
         labels = following - vocabulary.next_span_range.start
         predictions[NEXT_SPAN] = Predictions(rows, labels, torch.ones(len(rows)), float(len(rows)))
     return CorruptedBatch(
-        token_ids, batch.modality_ids, batch.span_positions, batch.position_ids, batch.pattern, predictions, vectors
+        token_ids,
+        batch.modality_ids,
+        batch.span_positions,
+        batch.position_ids,
+        batch.pattern,
+        predictions,
+        vectors,
+        coded,
     )
 
 

@@ -13,7 +13,8 @@ class SamplingSettings:
     """How the spans of one modality are sampled.
 
     Attributes:
-        max_new_tokens: most tokens of a span of free length, its end included; spans of fixed length ignore it.
+        max_new_tokens: most tokens of a span of free length, its end included; of several codebooks most rows, of
+            which the whole frames count; spans of fixed length ignore it.
         temperature: logits are divided by it; 0 takes the likeliest token and draws no noise at all. Between 0 and
             1e-6, as above 1e6, quotients may leave the range of fp32.
         top_k: only the k likeliest tokens may be chosen; None for all.

@@ -32,7 +32,7 @@ class DiscreteInterface(nn.Module):
         self.embedding = nn.Embedding(vocab_size, dim)
         self.head = DiscreteHead(vocab_size, dim)
 
-    def embed(self, token_ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+    def embed(self, token_ids: Int[Tensor, "*N"]) -> Float[Tensor, "*N D"]:
         """Return the rows that the decoder reads."""
         return self.embedding(token_ids)
 

@@ -1,6 +1,6 @@
 """The unified model: interfaces around the decoder, and the losses of a corrupted batch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from omniform.kernels.attention import MaskForm, preferred_form
 from omniform.modeling.attention_pattern import AttentionPattern
+from omniform.modeling.codebooks import NOTHING, CodedRows
 from omniform.modeling.config import ConfigError, ModelConfig, TopK
 from omniform.modeling.corruption import NEXT_SPAN, ROUTER_BALANCE, ROUTER_Z, CorruptedBatch
 from omniform.modeling.decoder import Decoder
@@ -15,7 +16,7 @@ from omniform.modeling.experts import RoutingTally, TopKExperts
 from omniform.modeling.initialisation import initialise
 from omniform.modeling.interfaces import ContinuousInterface, DiscreteInterface, PositionEmbedding
 from omniform.modeling.layers import KeyValueCache
-from omniform.modeling.objectives.base import ContinuousRows
+from omniform.modeling.objectives.base import ContinuousRows, Objective
 from omniform.modeling.objectives.next_token import NextToken
 from omniform.tokenizers.vocabulary import IdRange, Vocabulary
 
@@ -29,7 +30,8 @@ class UnifiedModel(nn.Module):
 
     Raises:
         ConfigError: a modality of the vocabulary has no objective, or an objective no modality; one that is for vectors
-            where the modality has codes, or the other way round; or one with blocks is for spans of one length.
+            where the modality has codes, or the other way round; one with blocks is for spans of one length; or it does
+            not take as many codebooks as there are, see `check_codebooks`.
     """
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
@@ -52,6 +54,7 @@ class UnifiedModel(nn.Module):
                     f"model.objectives.{name} is {objective.kind}, but its tokenizer makes {made}: choose an objective "
                     "for these, or another tokenizer"
                 )
+            check_codebooks(name, objective, vocabulary)
             if objective.block_size is not None and vocabulary.end_of(name) is None:
                 raise ConfigError(
                     f"model.objectives.{name}.block_size is {objective.block_size}, but all spans of {name} have one "
@@ -93,7 +96,7 @@ class UnifiedModel(nn.Module):
         and `ROUTER_Z` that have a weight; the counts are `batch.counts`."""
         rows = (batch.token_ids, batch.modality_ids, batch.span_positions, batch.position_ids)
         tally = RoutingTally(batch.routed) if isinstance(self.config.decoder.experts, TopK) else None
-        hidden = self.hidden(*rows, batch.pattern, vectors=batch.vectors, tally=tally).flatten(0, 1)
+        hidden = self.hidden(*rows, batch.pattern, vectors=batch.vectors, coded=batch.coded, tally=tally).flatten(0, 1)
         losses = {}
         if tally is not None:
             losses = {ROUTER_BALANCE: tally.balance, ROUTER_Z: tally.z}
@@ -105,18 +108,43 @@ class UnifiedModel(nn.Module):
             asked = batch.predictions[term]
             # Which span follows is one more next-token prediction, over its own few ids.
             objective = NextToken() if term == NEXT_SPAN else self.config.objectives[term]
-            outputs = self.outputs(hidden[asked.rows], term)
+            outputs = self.outputs(hidden[asked.rows], term, asked.codebooks)
             losses[term] = objective.loss(outputs, asked.labels, asked.weights, self.config.z_loss)
         return {term: losses[term] for term in self.term_weights}
 
-    def outputs(self, hidden: Float[Tensor, "*M D"], term: str) -> Float[Tensor, "*M W"]:
+    def outputs(
+        self, hidden: Float[Tensor, "M D"], term: str, codebooks: Int[Tensor, "M"] | None = None
+    ) -> Float[Tensor, "M W"]:
         """Return what a loss term, or the objective of a modality, reads of some hidden states: logits over its ids, or
-        its numbers for each vector."""
+        its numbers for each vector.
+
+        Args:
+            codebooks: of what each predicts, where there are several: logits are over the codes of that one, then the
+                end, which only the first has; see `Vocabulary.to_choices`.
+        """
         if term != NEXT_SPAN and (key := self._representation(term)) is not None:
             interface = self.continuous[key]
             assert isinstance(interface, ContinuousInterface)
             return interface.outputs(hidden)
+        if codebooks is not None:
+            return self._codebook_logits(hidden, term, codebooks)
         return self.logits(hidden, self.target_range(term))
+
+    def _codebook_logits(
+        self, hidden: Float[Tensor, "M D"], modality: str, codebooks: Int[Tensor, "M"]
+    ) -> Float[Tensor, "M W"]:
+        """Return logits over what each codebook offers. The head runs once for each, whatever is asked: under ZeRO-3
+        all ranks gather its weights together."""
+        order = codebooks.argsort(stable=True)
+        groups = hidden[order].split(codebooks.bincount(minlength=self.vocabulary.n_codebooks(modality)).tolist())
+        ranges = [self.vocabulary.codebook_range(modality, codebook) for codebook in range(len(groups))]
+        codes = torch.cat([self.logits(group, ids) for group, ids in zip(groups, ranges, strict=True)])
+        end_id = self.vocabulary.end_of(modality)
+        assert end_id is not None, "refused by check_codebooks"
+        end = self.logits(hidden[order], IdRange(end_id, end_id + 1))
+        # Finite, so that guidance may subtract it from itself.
+        end = end.masked_fill(codebooks[order, None] > 0, torch.finfo(end.dtype).min)
+        return torch.cat([codes, end], dim=-1)[order.argsort()]
 
     def target_range(self, term: str) -> IdRange:
         """Return the ids that a loss term predicts."""
@@ -132,6 +160,7 @@ class UnifiedModel(nn.Module):
         cache: KeyValueCache | None = None,
         vectors: Mapping[str, ContinuousRows] | None = None,
         tally: RoutingTally | None = None,
+        coded: Mapping[str, CodedRows] | None = None,
     ) -> Float[Tensor, "B N D"]:
         """Return the hidden states of N rows.
 
@@ -141,12 +170,13 @@ class UnifiedModel(nn.Module):
             pattern: of the N rows; with a cache, of the cached rows followed by the N rows.
             vectors: by modality, the rows, flat in (B * N), that hold vectors in place of their ids.
             tally: is told what routers choose; only where there are routers.
+            coded: by modality, the rows, flat in (B * N), that hold several ids in place of their one.
         """
         if cache is None:
             mask = pattern.render(preferred_form(token_ids.device))
         else:
             mask = pattern.render(MaskForm.DENSE, n_queries=token_ids.shape[1])
-        embeddings = self.interface.embed(token_ids)
+        embeddings = self._embed(token_ids, list((coded or {}).values()))
         embeddings, conditions = self._read_vectors(embeddings, vectors or {})
         if self.position_embedding is not None:
             embeddings = embeddings + self.position_embedding(modality_ids, span_positions)
@@ -186,6 +216,18 @@ class UnifiedModel(nn.Module):
             assert isinstance(block.feed_forward, TopKExperts)
             block.feed_forward.balance(load)
 
+    def _embed(self, token_ids: Int[Tensor, "B N"], coded: Sequence[CodedRows]) -> Float[Tensor, "B N D"]:
+        """Return the embedding of each row: that of its id, or the sum of those that it holds."""
+        if not coded:
+            return self.interface.embed(token_ids)
+        # One look-up for all, as of batches without such rows: under ZeRO-3 all ranks gather the table together.
+        ids = [token_ids.flatten(), *(held.ids.flatten().clamp(min=0) for held in coded)]
+        rows, *of_ids = self.interface.embed(torch.cat(ids)).split([len(one) for one in ids])
+        for held, found in zip(coded, of_ids, strict=True):
+            there = (held.ids != NOTHING)[..., None]
+            rows = rows.index_copy(0, held.rows, (found.unflatten(0, held.ids.shape) * there).sum(1))
+        return rows.view(*token_ids.shape, -1)
+
     def _read_vectors(
         self, embeddings: Float[Tensor, "B N D"], vectors: Mapping[str, ContinuousRows]
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"] | None]:
@@ -217,6 +259,32 @@ class UnifiedModel(nn.Module):
             return None
         objective = self.config.objectives[modality]
         return f"{objective.kind}_{channels}_to_{objective.n_outputs(channels)}"
+
+
+def check_codebooks(modality: str, objective: Objective, vocabulary: Vocabulary) -> None:
+    """Refuse an objective that does not take as many codebooks as a modality has.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    n_codebooks, path = vocabulary.n_codebooks(modality), f"model.objectives.{modality}"
+    if n_codebooks == 1 and isinstance(objective, NextToken) and objective.codebooks is not None:
+        raise ConfigError(f"{path}.codebooks is {objective.codebooks}, but {modality} has one codebook: leave it out")
+    if n_codebooks == 1 and objective.layout == "parallel":
+        raise ConfigError(
+            f"{path} is {objective.kind}, but {modality} has one codebook: choose next_token or masked, or a tokenizer "
+            "of several codes per frame"
+        )
+    if n_codebooks > 1 and objective.layout is None:
+        raise ConfigError(
+            f"{path} is {objective.kind}, but {modality} has {n_codebooks} codebooks, which next_token and "
+            "coarse_to_fine take: choose one of these"
+        )
+    if n_codebooks > 1 and vocabulary.end_of(modality) is None:
+        raise ConfigError(
+            f"{path}: {modality} has {n_codebooks} codebooks and spans of one length: spans of several codebooks end "
+            "themselves; let its tokenizer have no fixed_grid"
+        )
 
 
 def _placed(

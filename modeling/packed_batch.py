@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from omniform.modeling.attention_pattern import PADDING, AttentionPattern
+from omniform.modeling.codebooks import NOTHING, CodedRows
 from omniform.modeling.objectives.base import ContinuousRows, TargetSpans
 from omniform.modeling.sequence import MultimodalSequence, Role, SequenceError, Span
 from omniform.tokenizers.vocabulary import Vocabulary
@@ -24,6 +25,7 @@ class PackedBatch:
         targets: the target spans of each modality that has any.
         next_spans: flat rows that end a span whose successor is learnt, and the ids that follow; (2, S).
         vectors: by continuous modality that the batch holds, its content rows, flat, and what they hold.
+        coded: by modality of several codebooks that the batch holds, its content rows, flat, and what they hold.
     """
 
     token_ids: Int[Tensor, "B L"]
@@ -34,6 +36,7 @@ class PackedBatch:
     targets: Mapping[str, TargetSpans]
     next_spans: Int[Tensor, "2 S"]
     vectors: Mapping[str, ContinuousRows] = field(default_factory=dict)
+    coded: Mapping[str, CodedRows] = field(default_factory=dict)
 
 
 def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabulary: Vocabulary) -> PackedBatch:
@@ -56,6 +59,7 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
     found: dict[str, list[tuple[MultimodalSequence, int, Span, int]]] = {}
     next_spans: list[tuple[int, int]] = []
     vectors: dict[str, list[tuple[int, ContinuousRows]]] = {}
+    coded: dict[str, list[tuple[int, CodedRows]]] = {}
     for index, sequences in enumerate(rows):
         start = 0
         for document, sequence in enumerate(sequences):
@@ -76,6 +80,8 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
             next_spans += [(index * row_length + start + row, following) for row, following in sequence.next_spans]
             for name, held in sequence.vectors.items():
                 vectors.setdefault(name, []).append((index * row_length + start, held))
+            for name, codes in sequence.coded.items():
+                coded.setdefault(name, []).append((index * row_length + start, codes))
             start = stop
     arrays = (document_ids, block_ids, bidirectional, private)
     return PackedBatch(
@@ -87,15 +93,18 @@ def pack(rows: Sequence[Sequence[MultimodalSequence]], row_length: int, vocabula
         {modality: _collect(spans) for modality, spans in found.items()},
         torch.tensor(next_spans, dtype=torch.int64).view(-1, 2).T,
         {name: ContinuousRows.join(held) for name, held in vectors.items()},
+        {name: CodedRows.join(codes) for name, codes in coded.items()},
     )
 
 
 def _collect(spans: Sequence[tuple[MultimodalSequence, int, Span, int]]) -> TargetSpans:
+    modality = spans[0][2].modality  # of all of them
+    if modality in spans[0][0].coded:
+        return _collect_coded(spans)
     lengths = np.array([span.length for _, _, span, _ in spans])
     positions = np.concatenate([np.arange(length) for length in lengths])
     first_rows = np.array([offset + span.start for _, offset, span, _ in spans])
     span_index = np.repeat(np.arange(len(spans)), lengths)
-    modality = spans[0][2].modality  # of all of them
     values = [
         s.cut(span.start, span.start + span.length).vectors[modality].values
         for s, _, span, _ in spans
@@ -110,4 +119,22 @@ def _collect(spans: Sequence[tuple[MultimodalSequence, int, Span, int]]) -> Targ
         noise_keys=np.array([s.noise_key for s, _, _, _ in spans], dtype=np.uint64),
         span_numbers=np.array([number for _, _, _, number in spans]),
         values=torch.cat(values) if values else None,
+    )
+
+
+def _collect_coded(spans: Sequence[tuple[MultimodalSequence, int, Span, int]]) -> TargetSpans:
+    """Return the codes of rows that hold several as contents of their own."""
+    held = [s.coded[span.modality].cut(span.start, span.start + span.length).ids.numpy() for s, _, span, _ in spans]
+    places = [(ids != NOTHING).nonzero() for ids in held]
+    lengths = np.array([len(rows) for rows, _ in places])
+    return TargetSpans(
+        token_ids=np.concatenate([ids[place] for ids, place in zip(held, places, strict=True)]),
+        rows=np.concatenate([o + span.start + rows for (_, o, span, _), (rows, _) in zip(spans, places, strict=True)]),
+        span_index=np.repeat(np.arange(len(spans)), lengths),
+        positions=np.concatenate([np.arange(length) for length in lengths]),
+        lengths=lengths,
+        noise_keys=np.array([s.noise_key for s, _, _, _ in spans], dtype=np.uint64),
+        span_numbers=np.array([number for _, _, _, number in spans]),
+        codebooks=np.concatenate([codebooks for _, codebooks in places]),
+        n_codebooks=held[0].shape[1],
     )

@@ -4,9 +4,10 @@
     rows:   <begin:text> a seven <end> <begin:image> c0 c1 c2 c3
 
 Each span is one begin marker followed by its content rows; where spans are of free length, an end is the last of them,
-and they lie on one axis whatever the grid of their tokens. A target span whose objective corrupts it, and which more
-content follows, is written twice: the noised rows, private to themselves, then a clean copy at the same positions
-for the rest of the document to read, as it will be at generation.
+and they lie on one axis whatever the grid of their tokens. The rows of a modality of several codebooks hold their codes
+as the objective's layout says, see `Codebooks`. A target span whose objective corrupts it, and which more content
+follows, is written twice: the noised rows, private to themselves, then a clean copy at the same positions for the rest
+of the document to read, as it will be at generation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,11 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from omniform.errors import OmniformError
+from omniform.modeling.codebooks import Codebooks, CodedRows
 from omniform.modeling.objectives.base import ContinuousRows, Objective
 from omniform.tokenizers.base import Latents, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
@@ -119,7 +121,8 @@ def document_length(
     """Return the number of rows that a document takes, from (modality, number of codes, role) of its parts."""
     total = 0
     for place, (modality, n_codes, role) in enumerate(parts):
-        length = n_codes + (vocabulary.end_of(modality) is not None)
+        codebooks = Codebooks.of(modality, vocabulary, objectives[modality].layout)
+        length = n_codes + (vocabulary.end_of(modality) is not None) if codebooks is None else codebooks.n_rows(n_codes)
         read_later = learn_order or place < len(parts) - 1
         if role is Role.CONTEXT:
             total += 1 + length
@@ -140,6 +143,7 @@ class MultimodalSequence:
             span, or the vocabulary's `end` after the last. Empty unless the order of spans is learnt.
         noise_key: 64 bits that identify this sample's visit; keys its corruption.
         vectors: by continuous modality, its content rows and what they hold.
+        coded: by modality of several codebooks, its content rows and what they hold.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -153,6 +157,7 @@ class MultimodalSequence:
     next_spans: tuple[tuple[int, int], ...] = ()
     noise_key: int = 0
     vectors: Mapping[str, ContinuousRows] = field(default_factory=dict)
+    coded: Mapping[str, CodedRows] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -173,8 +178,9 @@ class MultimodalSequence:
             first, last = torch.searchsorted(held.rows, torch.tensor([start, stop])).tolist()
             own = slice(first, last)
             vectors[name] = ContinuousRows(held.rows[own] - start, held.values[own], held.times[own])
+        coded = {name: held.cut(start, stop) for name, held in self.coded.items()}
         return MultimodalSequence(
-            **{name: getattr(self, name)[start:stop] for name in arrays}, spans=(), vectors=vectors
+            **{name: getattr(self, name)[start:stop] for name in arrays}, spans=(), vectors=vectors, coded=coded
         )
 
     @classmethod
@@ -194,8 +200,8 @@ class MultimodalSequence:
                 needs a clean copy like the others.
 
         Raises:
-            SequenceError: no parts, a modality without an objective, a part of a prefix that is learnt, or vectors
-                where codes are expected or the other way round.
+            SequenceError: no parts, a modality without an objective, a part of a prefix that is learnt, vectors where
+                codes are expected or the other way round, or codes on another grid than that of their codebooks.
             VocabularyError: codes that the vocabulary does not hold.
         """
         if not parts:
@@ -208,6 +214,7 @@ class MultimodalSequence:
         spans: list[Span] = []
         next_spans: list[tuple[int, int]] = []
         vectors: dict[str, list[tuple[int, Tensor]]] = {}
+        coded: dict[str, list[tuple[int, CodedRows]]] = {}
         row, position = 0, 0
         for place, part in enumerate(parts):
             if part.modality not in objectives:
@@ -217,17 +224,21 @@ class MultimodalSequence:
                     f"a learnt part of {part.modality} is in a prefix, whose rows would see their answers"
                 )
             objective, modality_id = objectives[part.modality], vocabulary.place_of(part.modality)
-            contents, values = _contents(part, vocabulary)
+            rows = _coded_rows(part, vocabulary, objective)
+            contents, values = (
+                _contents(part, vocabulary) if rows is None else (np.full(len(rows), vocabulary.mask), None)
+            )
             grid = part.tokens.grid
             end_id = vocabulary.end_of(part.modality)
             if end_id is not None:
-                contents = np.append(contents, end_id)
+                contents = np.append(contents, end_id) if rows is None else contents
                 grid = (len(contents),)
             length = len(contents)
             read_later = learn_order or place < len(parts) - 1
             stretches = _stretches(length, objective, part.role, read_later=read_later)
             most = max(stop for _, stop, *_ in stretches)
-            contents = np.append(contents, np.full(most - length, end_id)) if most > length else contents
+            if most > length:
+                contents = np.append(contents, np.full(most - length, end_id if rows is None else vocabulary.mask))
             ids.append(np.array([vocabulary.begin(part.modality, part.opening)]))
             span_positions.append(np.zeros(1, dtype=np.int64))
             positions.append(np.full((1, 3), position))
@@ -246,6 +257,10 @@ class MultimodalSequence:
                 spans.append(Span(part.modality, row, n_rows, own_grid, role, unread))
                 if values is not None:
                     vectors.setdefault(part.modality, []).append((row, values[first:stop]))
+                if rows is not None:
+                    # An end fills up a block, as it does where rows hold one code.
+                    held = rows[torch.arange(first, stop).clamp(max=length - 1)]
+                    coded.setdefault(part.modality, []).append((row, CodedRows(torch.arange(n_rows), held)))
                 row += n_rows
             position += span_extent(grid, length)
             if learn_order:
@@ -268,7 +283,19 @@ class MultimodalSequence:
                 name: ContinuousRows.join([(first, ContinuousRows.clean(torch.arange(len(v)), v)) for first, v in held])
                 for name, held in vectors.items()
             },
+            {name: CodedRows.join(held) for name, held in coded.items()},
         )
+
+
+def _coded_rows(part: Part, vocabulary: Vocabulary, objective: Objective) -> Int[Tensor, "S Q"] | None:
+    """Return what the rows of a part hold, its end included; None where rows hold one content."""
+    codebooks = Codebooks.of(part.modality, vocabulary, objective.layout)
+    if codebooks is None:
+        return None
+    tokens, n_codebooks = part.tokens, codebooks.layout.n_codebooks
+    if not isinstance(tokens, Tokens) or len(tokens.grid) != 2 or tokens.grid[1] != n_codebooks:
+        raise SequenceError(f"{part.modality} of grid {tuple(tokens.grid)}, expected codes of (T, {n_codebooks})")
+    return codebooks.arrange(tokens.codes.view(tokens.grid))
 
 
 def _contents(part: Part, vocabulary: Vocabulary) -> tuple[npt.NDArray[np.int64], Float[Tensor, "N C"] | None]:

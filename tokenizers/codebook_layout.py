@@ -69,11 +69,15 @@ class CodebookLayout:
         """Return how many frames the first `n_steps` steps hold whole."""
         return max(0, (n_steps - max(self.offsets) - 1) // self.stride + 1)
 
+    def at(self, steps: Int[Tensor, "*S"]) -> Int[Tensor, "*S Q"]:
+        """Return the frame whose code each codebook has at some steps of a sequence without an end; -1 for none."""
+        since = steps[..., None] - torch.tensor(self.offsets)
+        return torch.where((since % self.stride == 0) & (since >= 0), since // self.stride, -1)
+
     def frames(self, n_frames: int) -> Int[Tensor, "S Q"]:
         """Return, for every step and codebook, the frame whose code is there; -1 where there is none."""
-        steps = torch.arange(self.n_steps(n_frames))[:, None] - torch.tensor(self.offsets)
-        whole = (steps % self.stride == 0) & (steps >= 0) & (steps // self.stride < n_frames)
-        return torch.where(whole, steps // self.stride, -1)
+        frames = self.at(torch.arange(self.n_steps(n_frames)))
+        return torch.where(frames < n_frames, frames, -1)
 
     def filled(self, n_frames: int) -> Bool[Tensor, "S Q"]:
         """Return where in the sequence there is a code."""

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from omniform.tokenizers.base import TokenizerError, Tokens
+from omniform.tokenizers.base import Discrete, TokenizerError, Tokens
 from omniform.tokenizers.codec_tokenizer import CodecTokenizer
 from omniform.tokenizers.codecs.fsq import FSQConfig
 from omniform.tokenizers.codecs.quantizers import QuantizerConfig
@@ -97,6 +97,11 @@ class SpeechTokenizer(CodecTokenizer[Tokens]):
     config: SpeechTokenizerConfig
     codec: SpeechCodec
     fixed_grid = None
+
+    def __init__(self, config: SpeechTokenizerConfig, codec: SpeechCodec) -> None:
+        super().__init__(config, codec)
+        # What a code means depends on which of its frame it is, even where all depths look it up in one table.
+        self.representation = Discrete(codec.quantizer.codebook_size, codec.quantizer.depth)
 
     def grid(self, item: Float[Tensor, "*C N"]) -> tuple[int, ...]:
         """Return the grid of an item's tokens."""

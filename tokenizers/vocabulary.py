@@ -2,7 +2,8 @@
 
     [ text ids | 64 special ids | codes of the 1st discrete modality | codes of the 2nd | ... ]
 
-Text ids are the text tokenizer's own. Special ids have fixed places; each modality takes the next free one as its
+Text ids are the text tokenizer's own. A modality of several codebooks has a range of codes for each, one after the
+other. Special ids have fixed places; each modality takes the next free one as its
 begin marker. A vocabulary with modes has further markers, from the other end of the special ids down: `N_GAPS` for gaps
 in a text, then one for each mode. A modality whose spans are of free length, such as speech, has an id that ends them
 after its codes; that of text is the special id `end`, which comes next after its own. A modality of real vectors has a
@@ -178,33 +179,72 @@ class Vocabulary:
         codes, end = self._require(modality), self.end_of(modality)
         return codes if end is None else IdRange(codes.start, end + 1)
 
+    def n_codebooks(self, modality: str) -> int:
+        """Codebooks of `modality`, each with a range of its own; 1 for text and for vectors."""
+        self._require(modality)
+        representation = self.modalities.get(modality)
+        return representation.n_codebooks if isinstance(representation, Discrete) else 1
+
+    def codebook_range(self, modality: str, codebook: int) -> IdRange:
+        """Ids of the codes of one codebook, 0 the first."""
+        own, size = self._require(modality), self._codebook_size(modality)
+        return IdRange(own.start + codebook * size, own.start + (codebook + 1) * size)
+
     def to_ids(self, modality: str, codes: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
         """Turn a modality's own codes into ids of the model.
 
+        Args:
+            codes: of a modality of several codebooks one of each along the last axis.
+
         Raises:
-            VocabularyError: a code is outside the modality's range.
+            VocabularyError: a code is outside the modality's range, or the last axis is not of its codebooks.
         """
-        ids = self._require(modality)
-        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < len(ids)):
+        starts, size = self._starts(modality, codes), self._codebook_size(modality)
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < size):
             raise VocabularyError(
-                f"codes of {modality} span [{int(codes.min())}, {int(codes.max())}], expected [0, {len(ids) - 1}]: "
+                f"codes of {modality} span [{int(codes.min())}, {int(codes.max())}], expected [0, {size - 1}]: "
                 "they were made by another tokenizer"
             )
-        return codes.to(torch.int64) + ids.start
+        return codes.to(torch.int64) + starts
 
     def to_codes(self, modality: str, ids: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
         """Turn ids of the model into a modality's own codes.
 
+        Args:
+            ids: as `to_ids` returns them.
+
         Raises:
-            VocabularyError: an id belongs to something else.
+            VocabularyError: an id belongs to something else, or to another codebook; or see `to_ids`.
         """
-        own = self._require(modality)
-        if ids.numel() and not (own.start <= int(ids.min()) and int(ids.max()) < own.stop):
+        own, starts, size = self._require(modality), self._starts(modality, ids), self._codebook_size(modality)
+        codes = ids.to(torch.int64) - starts
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < size):
             raise VocabularyError(
                 f"ids span [{int(ids.min())}, {int(ids.max())}], expected those of {modality}: "
-                f"[{own.start}, {own.stop - 1}]"
+                f"[{own.start}, {own.stop - 1}], each of its codebook"
             )
-        return ids.to(torch.int64) - own.start
+        return codes
+
+    def to_choices(
+        self, modality: str, ids: Int[Tensor, "N"], codebooks: Int[Tensor, "N"] | None = None
+    ) -> Int[Tensor, "N"]:
+        """Return the place of each id among those that may stand where it does: the codes of its codebook, then the id
+        that ends a span.
+
+        Args:
+            codebooks: of each id; the first unless given.
+        """
+        codes = ids - self._first_of(modality, ids, codebooks)
+        end = self.end_of(modality)
+        return codes if end is None else torch.where(ids == end, self._codebook_size(modality), codes)
+
+    def to_chosen(
+        self, modality: str, choices: Int[Tensor, "N"], codebooks: Int[Tensor, "N"] | None = None
+    ) -> Int[Tensor, "N"]:
+        """Return the ids that `to_choices` turned into places."""
+        ids = choices + self._first_of(modality, choices, codebooks)
+        end = self.end_of(modality)
+        return ids if end is None else torch.where(choices == self._codebook_size(modality), end, ids)
 
     def describe(self, token_id: int) -> str:
         """Return a readable name of an id, for errors and previews."""
@@ -270,6 +310,26 @@ class Vocabulary:
         if self.modes:
             content["modes"] = [*self.modes]
         return content
+
+    def _codebook_size(self, modality: str) -> int:
+        return len(self._require(modality)) // self.n_codebooks(modality)
+
+    def _first_of(self, modality: str, like: Int[Tensor, "N"], codebooks: Int[Tensor, "N"] | None) -> Int[Tensor, "N"]:
+        """Return the first id of each codebook."""
+        codebooks = torch.zeros_like(like) if codebooks is None else codebooks
+        return self._require(modality).start + codebooks * self._codebook_size(modality)
+
+    def _starts(self, modality: str, values: Int[Tensor, "*N"]) -> Int[Tensor, "*Q"]:
+        """Return what separates ids from codes along the last axis of `values`."""
+        n_codebooks = self.n_codebooks(modality)
+        if n_codebooks > 1 and (not values.ndim or values.shape[-1] != n_codebooks):
+            raise VocabularyError(
+                f"{modality} of shape {tuple(values.shape)}, expected one of each of its {n_codebooks} codebooks along "
+                "the last axis"
+            )
+        codebooks = torch.arange(n_codebooks, device=values.device)
+        starts = self._require(modality).start + self._codebook_size(modality) * codebooks
+        return starts if n_codebooks > 1 else starts[0]
 
     def _require(self, modality: str) -> IdRange:
         if modality not in self._codes:

@@ -7,7 +7,7 @@ network, the batch layout or a device.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from omniform.kernels.cross_entropy import cross_entropy
+from omniform.modeling.codebooks import Codebooks
+from omniform.tokenizers.codebook_layout import LayoutKind
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,19 @@ class ContinuousRows:
 class TargetSpans:
     """The target spans of one modality in a packed batch, their contents laid end to end (ragged).
 
-    M is the number of content rows, S of spans.
+    M is the number of contents, S of spans. A content is one row; where rows hold several codes, it is one code or the
+    end.
 
     Attributes:
         token_ids: clean contents, ids of the model.
-        rows: flat index of each content row in the (B * L) rows of its batch.
-        span_index: which span a content row belongs to, 0 to S - 1, ascending.
-        positions: place of a content row within its span.
+        rows: flat index of each content's row in the (B * L) rows of its batch.
+        span_index: which span a content belongs to, 0 to S - 1, ascending.
+        positions: place of a content within its span, row after row and in a row from the first codebook on.
         lengths: number of contents per span.
         noise_keys: key of the sample that a span belongs to.
         span_numbers: place of the span within its sample.
         values: clean contents of a continuous modality, whose ids say nothing; None for a discrete one.
+        codebooks: which of `n_codebooks` each content is of; None where there is one.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -79,6 +83,8 @@ class TargetSpans:
     noise_keys: npt.NDArray[np.uint64]
     span_numbers: npt.NDArray[np.int64]
     values: Float[Tensor, "M C"] | None = None
+    codebooks: npt.NDArray[np.int64] | None = None
+    n_codebooks: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Corrupted:
     """Result of the forward process.
 
     Attributes:
-        token_ids: what the network reads in place of the clean contents.
+        token_ids: what the network reads in place of the clean contents; of several codebooks also `NOTHING`.
         loss_weights: weight of each content row's prediction; 0 where there is nothing to predict.
         count: what the loss sum is to be divided by; the sum of the weights unless given.
         values: what the network reads in place of the clean vectors; None where it reads those, or ids.
@@ -138,6 +144,18 @@ class Draw(Protocol):
         ...
 
 
+class Asked(NamedTuple):
+    """The codes that a step is about, where rows hold several.
+
+    Attributes:
+        rows: place of the row that predicts each of them among those that `Objective.inputs` named.
+        codebooks: of each.
+    """
+
+    rows: Int[Tensor, "P"]
+    codebooks: Int[Tensor, "P"]
+
+
 @dataclass(frozen=True)
 class Kept:
     """The item that a span is an edit of.
@@ -158,7 +176,8 @@ class SpanState:
     """A span being generated.
 
     Attributes:
-        token_ids: contents so far; in masked spans the mask id stands where nothing is decided yet.
+        token_ids: contents so far; in masked spans the mask id stands where nothing is decided yet. Where rows hold
+            several codes, what each row holds of each codebook, as in `CodedRows`.
         step: number of steps done; of those of the block that is open, where there are blocks.
         n_steps: number of steps in all, or of that block; for spans that end themselves the largest number allowed.
         done: nothing is left to do.
@@ -169,7 +188,7 @@ class SpanState:
         values: contents so far of a continuous modality.
     """
 
-    token_ids: Int[Tensor, "N"]
+    token_ids: Int[Tensor, "N *Q"]
     step: int
     n_steps: int
     done: bool = False
@@ -210,6 +229,11 @@ class Objective(ABC):
         """Return how many numbers a continuous objective needs for each token of `channels` numbers."""
         return channels
 
+    @property
+    def layout(self) -> LayoutKind | None:
+        """How rows take the codes of several codebooks; None of an objective that is for one, see `CodedObjective`."""
+        return None
+
     @abstractmethod
     def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
         """Forward process: choose what the network reads and which predictions count."""
@@ -239,7 +263,7 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
+    def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R *Q"]:
         """Return the ids of the rows to forward for the next step; `step` takes the outputs of exactly those rows."""
 
     def vectors(self, state: SpanState, channels: int, draw: Draw) -> ContinuousRows | None:
@@ -271,8 +295,29 @@ class Objective(ABC):
         """Reverse process: one step.
 
         Args:
-            logits: over the ids that the span may hold, for the rows that `inputs` named; of a continuous objective
-                their `n_outputs`; with guidance, what `guide` made of them.
-            first_id: id of the logits' first column.
+            logits: over the ids that the span may hold, for the rows that `inputs` named, or the codes that `asked`
+                did, each over those of its codebook and the end; of a continuous objective their `n_outputs`; with
+                guidance, what `guide` made of them.
+            first_id: id of the logits' first column; says nothing where there are several codebooks.
             end_id: id that ends the span, or None if its length is fixed.
         """
+
+
+class CodedObjective(Objective):
+    """An objective that takes several codebooks too.
+
+    What it makes of them is a `SpanState` of its own; `inputs` names rows (R, Q) then, or the begin marker alone.
+    """
+
+    @property
+    @abstractmethod
+    def layout(self) -> LayoutKind:
+        """How rows take the codes of several codebooks."""
+
+    @abstractmethod
+    def begin_coded(self, length: int, steps: int | None, mask_id: int, codebooks: Codebooks) -> SpanState:
+        """Open a span of at most `length` rows of several codes."""
+
+    @abstractmethod
+    def asked(self, state: SpanState) -> Asked:
+        """Return the codes that the next step decides: `step` takes a row of logits for each."""

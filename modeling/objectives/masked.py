@@ -182,8 +182,7 @@ class Masked(Objective):
         wanted = torch.ones_like(masked) if state.kept is None else state.kept.wanted[block]
         left = 1 - (state.step + 1) / state.n_steps
         n_wanted, n_masked = int(wanted.sum()), int(masked.sum())
-        # Whatever the schedule rounds to: each step decides one content at least, and leaves one for each step to come.
-        n_left = max(math.floor(masked_fraction(left, self.schedule) * n_wanted), state.n_steps - state.step - 1)
+        n_left = n_undecided(self.schedule, state.step, state.n_steps, n_wanted)
         confidence = state.confidence[block].masked_scatter(masked, log_probability.double())
         candidates = wanted if self.remask else masked
         if self.threshold is not None:
@@ -209,6 +208,13 @@ class Masked(Objective):
             stop = block.stop
             return replace(changed, token_ids=all_ids[:stop], done=True, confidence=confidence[:stop])
         return replace(changed, n_final=block.stop, step=0, n_steps=min(state.n_steps, len(all_ids) - block.stop))
+
+
+def n_undecided(schedule: Schedule, step: int, n_steps: int, n_wanted: int) -> int:
+    """Return how many of `n_wanted` contents stay masked after a step, counted from 0: gamma(1 - (step + 1) / n_steps)
+    of them, and whatever that rounds to, one for each step to come."""
+    left = masked_fraction(1 - (step + 1) / n_steps, schedule)
+    return max(math.floor(left * n_wanted), n_steps - step - 1)
 
 
 def counted_mask(targets: TargetSpans, schedule: Schedule) -> npt.NDArray[np.bool_]:

@@ -3,7 +3,6 @@
 Source: GIVT (arXiv:2312.02116), its masked model, which follows MaskGIT (arXiv:2202.04200).
 """
 
-import math
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from omniform.modeling.objectives.base import ContinuousRows, Corrupted, Draw, Kept, SpanState, TargetSpans
 from omniform.modeling.objectives.gmm import MixtureObjective
-from omniform.modeling.objectives.masked import Schedule, counted_mask, masked_fraction
+from omniform.modeling.objectives.masked import Schedule, counted_mask, n_undecided
 
 
 @plain_dataclass(frozen=True)
@@ -97,9 +96,7 @@ class MaskedGmm(MixtureObjective):
         values = values.index_copy(0, positions[unknown], new)
         left = 1 - (state.step + 1) / state.n_steps
         n_unknown, n_wanted = int(unknown.sum()), len(unknown) if state.kept is None else int(state.kept.wanted.sum())
-        # Whatever the schedule rounds to: each step decides one at least, and leaves one for each step to come.
-        n_left = max(math.floor(masked_fraction(left, self.schedule) * n_wanted), state.n_steps - state.step - 1)
-        n_left = min(n_left, n_unknown - 1)
+        n_left = min(n_undecided(self.schedule, state.step, state.n_steps, n_wanted), n_unknown - 1)
         noise = self.choice_temperature * left * draw.gumbel(state.step, positions)[unknown]
         again = positions[unknown][draw.smallest(log_density.double() + noise, n_left)]
         known = torch.ones_like(state.known).index_fill(0, again, False)

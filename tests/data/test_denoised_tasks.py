@@ -12,6 +12,7 @@ from omniform.data.schema import DataError
 from omniform.modeling.config import ConfigError, parse_config
 from omniform.modeling.denoisers import Denoiser, Middle, Prefix, Spans
 from omniform.modeling.objectives.masked import Masked
+from omniform.modeling.objectives.next_token import NextToken
 from omniform.modeling.sequence import MultimodalSequence, Role
 from omniform.tokenizers.base import Discrete, Modality
 from omniform.tokenizers.vocabulary import Vocabulary
@@ -39,8 +40,8 @@ def make(
         source = SourceConfig(path=tmp_path / "texts", tasks=given["tasks"])
         return TrainingData(
             DataConfig(sources=(source,), row_length=given["row_length"], condition_dropout=given["dropout"]),
-            tokenizers,
-            VOCABULARY,
+            given.get("tokenizers", tokenizers),
+            given.get("vocabulary", VOCABULARY),
             given["objectives"],
             seed=given["seed"],
             cache_dir=tmp_path / "cache",
@@ -141,3 +142,16 @@ def test_a_task_that_cannot_be_learnt_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         make(**changes)
+
+
+def test_codes_of_several_codebooks_are_not_cut(
+    make: Callable[..., TrainingData], tokenizers: dict[str, Modality], objectives: dict[str, Any]
+) -> None:
+    """Refused by what the vocabulary says, before anything is read."""
+    changes = {
+        "tokenizers": {**tokenizers, "speech": tokenizers["image"]},
+        "vocabulary": Vocabulary(256, {"image": Discrete(16), "speech": Discrete(4, 2)}, ["speech"], ["r", "s", "m"]),
+        "objectives": {**objectives, "speech": NextToken()},
+    }
+    with pytest.raises(DataError, match=r"task speech~r cuts .* speech has several codes a frame"):
+        make(tasks={"speech~r": 1.0}, **changes)

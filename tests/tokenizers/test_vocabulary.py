@@ -31,6 +31,13 @@ def n_codes(vocabulary: Vocabulary, name: str) -> int:
     return len(vocabulary.target_range(name)) - (vocabulary.end_of(name) is not None)
 
 
+def all_codes(vocabulary: Vocabulary, name: str) -> torch.Tensor:
+    """Every code; of several codebooks one of each in a row."""
+    n_codebooks = vocabulary.n_codebooks(name)
+    codes = torch.arange(n_codes(vocabulary, name) // n_codebooks)
+    return codes if n_codebooks == 1 else codes[:, None].expand(-1, n_codebooks)
+
+
 @given(vocabularies())
 def test_codes_and_ids_are_a_bijection_and_ranges_are_disjoint(vocabulary: Vocabulary) -> None:
     seen: set[int] = {vocabulary.end, vocabulary.pad, vocabulary.mask}
@@ -39,18 +46,20 @@ def test_codes_and_ids_are_a_bijection_and_ranges_are_disjoint(vocabulary: Vocab
     seen |= set(markers(vocabulary).values())
     assert len(seen) == 3 + len(vocabulary.names) + len(markers(vocabulary))
     for name in vocabulary.names:
-        codes = torch.arange(n_codes(vocabulary, name))
+        codes = all_codes(vocabulary, name)
         ids = vocabulary.to_ids(name, codes)
         assert torch.equal(vocabulary.to_codes(name, ids), codes)
-        assert not seen & set(ids.tolist())
-        seen |= set(ids.tolist())
+        found = set(ids.flatten().tolist())
+        assert len(found) == codes.numel() == n_codes(vocabulary, name)
+        assert not seen & found
+        seen |= found
         end = vocabulary.end_of(name)
         if end is not None and name != "text":
             assert end not in seen
             assert vocabulary.target_range(name).stop - 1 == end
             assert vocabulary.describe(end) == f"<end:{name}>"
             with pytest.raises(VocabularyError, match="expected those of"):
-                vocabulary.to_codes(name, torch.tensor([end]))
+                vocabulary.to_codes(name, torch.full((vocabulary.n_codebooks(name),), end))
             seen.add(end)
     assert max(seen) < vocabulary.size
     assert vocabulary.size == sum(len(vocabulary.target_range(n)) for n in vocabulary.names) + N_SPECIAL - 1
@@ -69,14 +78,36 @@ def test_foreign_codes_and_ids_are_refused(vocabulary: Vocabulary, name: str, nu
         with pytest.raises(VocabularyError, match="no modality"):
             vocabulary.to_ids(name, torch.tensor([0]))
         return
-    size = n_codes(vocabulary, name)
+    n_codebooks = vocabulary.n_codebooks(name)
+    size = n_codes(vocabulary, name) // n_codebooks
     if not 0 <= number < size:
         with pytest.raises(VocabularyError, match="expected"):
-            vocabulary.to_ids(name, torch.tensor([number]))
-    first = int(vocabulary.to_ids(name, torch.tensor([0])))
-    if not first <= number < first + size:
-        with pytest.raises(VocabularyError, match="expected those of"):
-            vocabulary.to_codes(name, torch.tensor([number]))
+            vocabulary.to_ids(name, torch.full((n_codebooks,), number))
+    first = vocabulary.to_ids(name, torch.zeros(n_codebooks, dtype=torch.int64))
+    for codebook in range(n_codebooks):
+        if not first[codebook] <= number < first[codebook] + size:
+            with pytest.raises(VocabularyError, match="expected those of"):
+                vocabulary.to_codes(name, first.index_fill(0, torch.tensor(codebook), number))
+    if n_codebooks > 1:
+        with pytest.raises(VocabularyError, match=f"one of each of its {n_codebooks} codebooks"):
+            vocabulary.to_ids(name, torch.zeros(n_codebooks + 1, dtype=torch.int64))
+
+
+@given(vocabularies())
+def test_choices_are_the_codes_of_a_codebook_and_then_the_end(vocabulary: Vocabulary) -> None:
+    for name in vocabulary.names:
+        end, n_codebooks = vocabulary.end_of(name), vocabulary.n_codebooks(name)
+        size = n_codes(vocabulary, name) // n_codebooks
+        rows = vocabulary.to_ids(name, all_codes(vocabulary, name)).view(-1, n_codebooks)
+        for codebook in range(n_codebooks):
+            ids, of = rows[:, codebook], vocabulary.codebook_range(name, codebook)
+            assert ids.tolist() == list(range(of.start, of.stop))
+            ids = ids if end is None else torch.cat([ids, torch.tensor([end])])
+            books = torch.full_like(ids, codebook)
+            assert vocabulary.to_choices(name, ids, books).tolist() == list(range(size + (end is not None)))
+            assert torch.equal(vocabulary.to_chosen(name, torch.arange(len(ids)), books), ids)
+        of_first = torch.arange(size)
+        assert torch.equal(vocabulary.to_chosen(name, of_first), rows[:, 0])
 
 
 @given(vocabularies(), vocabularies())

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from omniform.modeling.config import DecoderConfig, ModelConfig, TopK
 from omniform.modeling.corruption import corrupt
 from omniform.modeling.model import UnifiedModel
+from omniform.modeling.objectives.coarse_to_fine import CoarseToFine
 from omniform.modeling.objectives.flow import Flow
 from omniform.modeling.objectives.gmm import Gmm
 from omniform.modeling.objectives.masked import Masked
@@ -35,14 +36,22 @@ from omniform.training.expert_balance import balance_experts
 from omniform.training.step import train_step
 from omniform.training.task import MicroBatch
 
-ROWS, ROW_LENGTH, STEPS = 4, 24, 3
-CODES = {"image": Discrete(8), "speech": Discrete(6), "video": Discrete(8)}
-VOCABULARY = Vocabulary(20, {**CODES, "depth": Continuous(3), "motion": Continuous(2)}, ["speech"])
+ROWS, ROW_LENGTH, STEPS = 4, 36, 3
+CODES = {
+    "image": Discrete(8),
+    "speech": Discrete(6),
+    "video": Discrete(8),
+    "song": Discrete(5, 3),
+    "hum": Discrete(4, 2),
+}
+VOCABULARY = Vocabulary(20, {**CODES, "depth": Continuous(3), "motion": Continuous(2)}, ["speech", "song", "hum"])
 OBJECTIVES = {
     "text": NextToken(),
     "image": Masked(),
     "speech": NextToken(),
     "video": Masked(),
+    "song": NextToken(codebooks="delayed"),
+    "hum": CoarseToFine(block_size=3),
     "depth": Flow(),
     "motion": Gmm(components=2),
 }
@@ -55,6 +64,11 @@ def part(modality: str, codes: Sequence[int]) -> Part:
     return Part(modality, Tokens(torch.tensor(codes), (len(codes),)), Role.TARGET)
 
 
+def coded_part(modality: str, frames: Sequence[Sequence[int]]) -> Part:
+    codes = torch.tensor(frames)
+    return Part(modality, Tokens(codes.flatten(), tuple(codes.shape)), Role.TARGET)
+
+
 def row(step: int, place: int) -> MultimodalSequence:
     """The document of one row, a function of its place alone."""
     first, key = (step + place) % 5, 100 * step + place
@@ -62,6 +76,7 @@ def row(step: int, place: int) -> MultimodalSequence:
     if place % 2 == 0:
         depth = Latents(torch.linspace(-1, first, 6).view(2, 3), (2,))
         parts = [part("text", [first, 7, 9]), part("image", [first, 2, 4, 6]), Part("depth", depth, Role.TARGET)]
+        parts += [coded_part("song", [[first, 1, 2], [3, 4, 0]]), coded_part("hum", [[place, 1]])]
     return MultimodalSequence.build(parts, VOCABULARY, OBJECTIVES, key)
 
 
