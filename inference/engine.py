@@ -94,7 +94,7 @@ class Engine:
             for session in sessions:
                 rows += session.step_rows(vocabulary) if session.span else [None] * len(session.branches)
             hidden = self._forward(branches, rows, cache, commit=objective.commits)
-            logits = iter(self._outputs(hidden, rows, modality))
+            logits = iter(self._outputs(hidden, branches, rows, modality))
             steps = []
             for place, session in enumerate(sessions):
                 if session.span:
@@ -132,11 +132,21 @@ class Engine:
 
     @torch.inference_mode()
     def _outputs(
-        self, hidden: Float[Tensor, "B N D"], rows: Sequence[MultimodalSequence | None], modality: str
+        self,
+        hidden: Float[Tensor, "B N D"],
+        branches: Sequence[Branch],
+        rows: Sequence[MultimodalSequence | None],
+        modality: str,
     ) -> Sequence[Float[Tensor, "R W"]]:
         """Return what the span's objective reads of each branch that has rows, on the CPU in fp32."""
-        counts = [len(new) for new in rows if new is not None]
-        found = torch.cat([hidden[place, : len(new)] for place, new in enumerate(rows) if new is not None])
+        lengths = {place: len(new) for place, new in enumerate(rows) if new is not None}
+        counts = [branches[place].n_read(length) for place, length in lengths.items()]
+        found = torch.cat(
+            [
+                hidden[place, length - count : length]
+                for (place, length), count in zip(lengths.items(), counts, strict=True)
+            ]
+        )
         return self.model.outputs(found, modality).float().cpu().split(counts)
 
     @torch.inference_mode()

@@ -29,7 +29,8 @@ class UnifiedModel(nn.Module):
 
     Raises:
         ConfigError: a modality of the vocabulary has no objective, or an objective no modality; one that is for vectors
-            where the modality has codes, or the other way round; or one with blocks is for spans of one length.
+            where the modality has codes, or the other way round; one with blocks is for spans of one length, or with
+            subsets one that fills in place for spans that end themselves.
     """
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
@@ -56,6 +57,11 @@ class UnifiedModel(nn.Module):
                 raise ConfigError(
                     f"model.objectives.{name}.block_size is {objective.block_size}, but all spans of {name} have one "
                     "length: leave it out; blocks are for spans that end themselves"
+                )
+            if config.subsets and not objective.commits and vocabulary.end_of(name) is not None:
+                raise ConfigError(
+                    f"model.objectives.{name} is {objective.kind} beside model.subsets, but spans of {name} end "
+                    "themselves, and rows that are asked all at once do not say where: choose next_token"
                 )
         if config.decoder.timestep == "adaln" and not any(o.continuous for o in config.objectives.values()):
             raise ConfigError(

@@ -59,6 +59,7 @@ class Span:
 
     Attributes:
         noised: the rows are a corrupted target that a clean copy follows.
+        hidden: nothing of a target is shown, whatever its objective would show.
     """
 
     modality: str
@@ -67,6 +68,7 @@ class Span:
     grid: tuple[int, ...]
     role: Role
     noised: bool
+    hidden: bool = False
 
 
 def grid_positions(grid: tuple[int, ...], length: int, first: int) -> npt.NDArray[np.int64]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from omniform.data.mixture import DataConfig, DataStage, SourceChange, denoised
+from omniform.data.mixture import DataConfig, DataStage, SourceChange, denoised, subset_problem
 from omniform.errors import OmniformError
 from omniform.modeling.config import STRICT, ModelConfig
 from omniform.modeling.generation_config import SamplingSettings, Ways
@@ -320,6 +320,19 @@ class TrainConfig(FitConfig):
                             f"the task {task} of {source.label} needs model.denoisers.{cut[1]}; there is {there}: name "
                             "one, or add it"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _check_subsets(self) -> "TrainConfig":
+        changed = {f"stages.{place}.mixture: ": stage.mixture for place, stage in enumerate(self.stages)}
+        for where, data in {
+            "": self.data,
+            **{at: self.data.changed(mixture) for at, mixture in changed.items()},
+        }.items():
+            for number, source in enumerate(data.sources):
+                for task in source.tasks:
+                    if problem := subset_problem(task, self.model.subsets):
+                        raise ValueError(f"{where}data.sources.{number} ({source.label}): the task {task} {problem}")
         return self
 
     @property

@@ -84,6 +84,7 @@ def train(
         rows_per_step=config.rows_per_step,
         stages=config.data_stages,
         denoisers=config.model.denoisers,
+        subsets=config.model.subsets,
     )
     generation = GenerationConfig(
         max_sequence_length=config.data.row_length, modalities=config.generation, through=config.through

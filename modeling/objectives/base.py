@@ -69,6 +69,7 @@ class TargetSpans:
         noise_keys: key of the sample that a span belongs to.
         span_numbers: place of the span within its sample.
         values: clean contents of a continuous modality, whose ids say nothing; None for a discrete one.
+        all_hidden: spans of which nothing may be shown; none unless given.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -79,6 +80,7 @@ class TargetSpans:
     noise_keys: npt.NDArray[np.uint64]
     span_numbers: npt.NDArray[np.int64]
     values: Float[Tensor, "M C"] | None = None
+    all_hidden: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
