@@ -10,10 +10,11 @@ until the next epoch.
 """
 
 import bisect
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from omniform.data.mixture import (
     arrange,
     denoised,
     modalities_of,
+    subset_of,
+    subset_problem,
 )
 from omniform.data.packing import first_fit
 from omniform.data.schema import DataError
@@ -43,6 +46,7 @@ from omniform.data.tally import Tally
 from omniform.modeling.denoisers import Denoiser
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.sequence import MultimodalSequence, Part, Role, document_length
+from omniform.modeling.subsets import AnySubset, n_rows_of
 from omniform.tokenizers.base import Modality, Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
 
@@ -52,10 +56,18 @@ class StageRows:
 
     Args:
         lengths: of each source, tokens by (task, unconditional, sample); 0 for a hole.
+        drawn_length: of a draw, its tokens, where that table only has the most that they can be; else None.
     """
 
-    def __init__(self, mixture: Mixture, lengths: Sequence[npt.NDArray[np.int64]], row_length: int) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        lengths: Sequence[npt.NDArray[np.int64]],
+        row_length: int,
+        drawn_length: Callable[[Draws, int], int] | None = None,
+    ) -> None:
         self.mixture, self.lengths, self._row_length = mixture, lengths, row_length
+        self._drawn_length = drawn_length
         self._window_starts = [(0, mixture.first_window)]  # ascending (first row, window), as far as known
         self.plan = lru_cache(maxsize=4)(self._plan_window)
 
@@ -82,6 +94,9 @@ class StageRows:
         for source, table in enumerate(self.lengths):
             here = draws.source == source
             lengths[here] = table[draws.task[here], draws.unconditional[here].astype(int), draws.sample[here]]
+        if self._drawn_length is not None:
+            for draw in lengths.nonzero()[0].tolist():
+                lengths[draw] = self._drawn_length(draws, draw)
         return draws, first_fit(lengths.tolist(), self._row_length)
 
 
@@ -98,11 +113,13 @@ class TrainingData:
         stages: ascending from step 0, with the sources of `config` under other weights and tasks.
         denoisers: by name, those of the tasks X~NAME; their modes are in the vocabulary.
         prefix: what tasks X->Y give is read in both directions, as one block.
+        subsets: by name, those of the tasks X+Y~NAME.
 
     Raises:
         DataError: a source that cannot be read, a task that no sample serves or that is ambiguous, a task of a denoiser
-            that is not there or for a modality that is not learnt token by token, a weight too small to be drawn in
-            any stage, or a document longer than a row.
+            that is not there or for a modality that is not learnt token by token, a task of a subset that is not there,
+            or any other where there are subsets, a weight too small to be drawn in any stage, or a document longer than
+            a row.
     """
 
     def __init__(
@@ -119,15 +136,19 @@ class TrainingData:
         stages: Sequence[DataStage] = (),
         denoisers: Mapping[str, Denoiser] | None = None,
         prefix: bool = False,
+        subsets: Mapping[str, AnySubset] | None = None,
     ) -> None:
         self.config, self.rows_per_step, self.seed, self._prefix = config, rows_per_step, seed, prefix
         self.stages = tuple(stages) or (DataStage(0, config),)
         self._vocabulary, self._objectives, self._denoisers = vocabulary, objectives, denoisers or {}
+        self._subsets = subsets or {}
         for stage in self.stages:
             for source in stage.config.sources:
                 for task in source.tasks:
                     _check_modalities(source.path, task, tokenizers)
                     self._check_denoiser(source.path, task)
+                    if (problem := subset_problem(task, self._subsets)) is not None:
+                        raise DataError(f"{source.path}: task {task} {problem}")
         self.sources = open_sources(config.sources, tokenizers, cache_dir, encoding_workers)
         for stage in self.stages:
             for opened, source in zip(self.sources, stage.config.sources, strict=True):
@@ -148,6 +169,8 @@ class TrainingData:
             content.append({name: TypeAdapter(type(d)).dump_python(d, mode="json") for name, d in denoisers.items()})
         if prefix:
             content.append("prefix")
+        if subsets:
+            content.append({name: TypeAdapter(AnySubset).dump_python(s, mode="json") for name, s in subsets.items()})
         self.digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -234,7 +257,9 @@ class TrainingData:
     def _start_stage(self, number: int, first_window: int, cursors: Sequence[int] | None) -> StageRows:
         config, sizes = self.stages[number].config, [len(source) for source in self.sources]
         mixture = Mixture(config, sizes, self.seed, first_window=first_window, cursors=cursors)
-        return StageRows(mixture, self._lengths[number], config.row_length)
+        # What a subset takes is known as its cut is drawn, long before its tokens are read.
+        drawn_length = functools.partial(self._drawn_length, config) if self._subsets else None
+        return StageRows(mixture, self._lengths[number], config.row_length, drawn_length)
 
     def _n_steps(self, number: int) -> int:
         return self.stages[number + 1].first_step - self.stages[number].first_step
@@ -270,14 +295,35 @@ class TrainingData:
             cut = [part for one in codes for part in self._cut(task, one, 0)]
             described = [(part.modality, len(part.tokens), part.role) for part in cut]
             return document_length(described, self._vocabulary, self._objectives)
+        if subset := subset_of(task):
+            return self._subsets[subset[1]].longest(self._sizes(spans[place] for place, _ in used)) if used else 0
         parts = [(*spans[place], role) for place, role in used if role is Role.TARGET or not unconditional]
         return document_length(parts, self._vocabulary, self._objectives, learn_order=task == INTERLEAVED)
+
+    def _drawn_length(self, config: DataConfig, draws: Draws, draw: int) -> int:
+        place = draws.source[draw]
+        task = list(config.sources[place].tasks)[draws.task[draw]]
+        subset = subset_of(task)
+        assert subset is not None, "beside subsets nothing else is learnt"
+        spans = self.sources[place].spans(int(draws.sample[draw]))
+        used = arrange(task, [modality for modality, _ in spans])
+        sizes = self._sizes(spans[place] for place, _ in used)
+        return n_rows_of(self._subsets[subset[1]].counts(sizes, int(draws.noise_key[draw])))
+
+    def _sizes(self, spans: Iterable[tuple[str, int]]) -> dict[str, int]:
+        """Return the contents of each span's modality, with an end where there is one."""
+        return {name: n_codes + (self._vocabulary.end_of(name) is not None) for name, n_codes in spans}
 
     def _build(self, config: DataConfig, draws: Draws, draw: int) -> MultimodalSequence:
         place, sample = draws.source[draw], int(draws.sample[draw])
         source, task = self.sources[place], list(config.sources[place].tasks)[draws.task[draw]]
         spans, key = source.spans(sample), int(draws.noise_key[draw])
         used = arrange(task, [modality for modality, _ in spans])
+        if subset := subset_of(task):
+            items = {spans[span][0]: source.tokens(sample, span) for span, _ in used}
+            codes = {modality: item for modality, item in items.items() if isinstance(item, Tokens)}
+            assert len(codes) == len(items), "subsets are of codes"
+            return self._subsets[subset[1]].document(codes, self._vocabulary, self._objectives, key)
         parts = [
             Part(spans[span][0], source.tokens(sample, span), role, prefix=self._prefix and role is Role.CONTEXT)
             for span, role in used

@@ -19,6 +19,7 @@ from omniform.data.schema import DataError
 from omniform.kernels.keyed_noise import keyed_bits, keyed_permutation, keyed_uniform, stream
 from omniform.modeling.config import STRICT
 from omniform.modeling.sequence import Role
+from omniform.modeling.subsets import AnySubset
 
 WINDOW = 4096
 INTERLEAVED = "interleaved"
@@ -52,7 +53,8 @@ class SourceConfig:
             order; "X->X" gives the first and learns the last, "X->Y+X" those of Y before that; "W+X->Y+Z" gives and
             learns several, in the order named. "interleaved" gives nothing and learns every span in the sample's
             order, from all that stands before it, and what follows each. "X~NAME" cuts the first span of modality X
-            as the model's denoiser NAME says, and learns its gaps.
+            as the model's denoiser NAME says, and learns its gaps. "X+Y~NAME" gives and learns tokens of the first
+            spans of several modalities as the model's subset NAME says.
     """
 
     path: Path
@@ -98,10 +100,14 @@ def _check_tasks(tasks: Mapping[str, float]) -> None:
         if task == INTERLEAVED or denoised(task):
             continue
         given, learnt = modalities_of(task)
+        if subset_of(task):
+            if len(set(learnt)) < len(learnt):
+                raise ValueError(f"task {task!r} names a modality twice, of which a subset has each once")
+            continue
         if not given or not learnt or not all(name.isidentifier() for name in (*given, *learnt)):
             raise ValueError(
                 f"task {task!r}, expected modalities such as text->image or text+image->speech, or a modality and a "
-                f"denoiser such as text~NAME, or {INTERLEAVED}"
+                f"denoiser such as text~NAME, or modalities and a subset such as text+image~NAME, or {INTERLEAVED}"
             )
         if len(set(given)) < len(given) or len(set(learnt)) < len(learnt):
             raise ValueError(f"task {task!r} names a modality twice on one side")
@@ -165,10 +171,12 @@ class DataStage:
 def modalities_of(task: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what a task gives and what it learns, in order; nothing for one that is about every span.
 
-    A task that denoises a modality gives nothing, as far as whole spans go.
+    A task that denoises a modality, or is about subsets, gives nothing, as far as whole spans go.
     """
     if cut := denoised(task):
         return (), cut[:1]
+    if subset := subset_of(task):
+        return (), subset[0]
     given, separator, learnt = task.partition("->")
     return (tuple(given.split("+")), tuple(learnt.split("+"))) if separator else ((), ())
 
@@ -179,6 +187,27 @@ def denoised(task: str) -> tuple[str, str] | None:
     return (modality, name) if separator and modality.isidentifier() and name.isidentifier() else None
 
 
+def subset_of(task: str) -> tuple[tuple[str, ...], str] | None:
+    """Return the modalities and the subset's name of a task X+Y~NAME; None for all others."""
+    modalities, separator, name = task.partition("~")
+    names = tuple(modalities.split("+"))
+    well_formed = separator and len(names) > 1 and all(one.isidentifier() for one in (*names, name))
+    return (names, name) if well_formed else None
+
+
+def subset_problem(task: str, subsets: Mapping[str, AnySubset]) -> str | None:
+    """Return why a model with these subsets cannot learn a task; None if it can, as far as subsets go."""
+    found = subset_of(task)
+    if found is None:
+        return "is about no subset, beside which a model with model.subsets learns nothing else" if subsets else None
+    modalities, name = found
+    if name not in subsets:
+        return f"needs model.subsets.{name}; there is {', '.join(subsets) or 'none'}: name one, or add it"
+    if not subsets[name].learns(modalities):
+        return f"has no modality with a concentration above 0 in model.subsets.{name}.target_alpha: give one to one"
+    return None
+
+
 def arrange(task: str, modalities: Sequence[str]) -> list[tuple[int, Role]]:
     """Return which of a sample's spans, by place, a task uses and how; none if the sample does not serve it."""
     if task == INTERLEAVED:
@@ -187,6 +216,8 @@ def arrange(task: str, modalities: Sequence[str]) -> list[tuple[int, Role]]:
         return [(place, Role.TARGET) for place in range(len(modalities)) if modalities[place] == cut[0]][:1]
     given, learnt = modalities_of(task)
     places = {name: [place for place, modality in enumerate(modalities) if modality == name] for name in modalities}
+    if subset_of(task):
+        return [(places[name][0], Role.TARGET) for name in learnt] if set(learnt) <= set(places) else []
     if not set(given) | set(learnt) <= set(places):
         return []
     context = [places[name] for name in given]

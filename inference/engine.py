@@ -96,7 +96,7 @@ class Engine:
                 rows += session.step_rows(vocabulary) if session.span else [None] * len(session.branches)
                 asked += [session.asked() if session.span else None] * len(session.branches)
             hidden = self._forward(branches, rows, cache, commit=objective.commits)
-            logits = iter(self._outputs(hidden, rows, asked, modality))
+            logits = iter(self._outputs(hidden, branches, rows, asked, modality))
             steps = []
             for place, session in enumerate(sessions):
                 if session.span:
@@ -136,15 +136,16 @@ class Engine:
     def _outputs(
         self,
         hidden: Float[Tensor, "B N D"],
+        branches: Sequence[Branch],
         rows: Sequence[MultimodalSequence | None],
         asked: Sequence[Asked | None],
         modality: str,
     ) -> Sequence[Float[Tensor, "R W"]]:
         """Return what the span's objective reads of each branch that has rows, on the CPU in fp32."""
         found, codebooks = [], []
-        for place, (new, of_codes) in enumerate(zip(rows, asked, strict=True)):
+        for place, (branch, new, of_codes) in enumerate(zip(branches, rows, asked, strict=True)):
             if new is not None:
-                own = hidden[place, : len(new)]
+                own = hidden[place, len(new) - branch.n_read(len(new)) : len(new)]
                 found.append(own if of_codes is None else own[of_codes.rows.to(own.device)])
                 codebooks += [] if of_codes is None else [of_codes.codebooks.to(own.device)]
         outputs = self.model.outputs(torch.cat(found), modality, torch.cat(codebooks) if codebooks else None)

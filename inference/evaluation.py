@@ -79,6 +79,9 @@ def evaluate_any_to_any(
     world = World(model.tokenizers, data_dir, split)
     make_suite = functools.partial(CellScorer, model, world, seed, limit, second_judge)
     missing = {cell: reason for cell in cells or CELLS if (reason := world.why_not(cell)) is not None}
+    if model.network.config.subsets:
+        same = [cell for cell in cells or CELLS if len({*cell.split("->")}) == 1]
+        missing |= dict.fromkeys(same, "the model learnt subsets, in which each modality comes once")
     if missing and (cells is not None or len(missing) == len(CELLS)):
         reasons = "; ".join(f"{cell}: {reason}" for cell, reason in missing.items())
         raise OmniformError(f"cells that cannot be scored: {reasons}")

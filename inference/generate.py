@@ -31,6 +31,7 @@ from omniform.inference.protocol import (
     Targets,
     TextDelta,
     TextPart,
+    check_each_once,
     parse_prompt,
     parse_seeds,
     parse_targets,
@@ -326,6 +327,8 @@ class Model:
             own_targets = Targets((*through, *(targets.names or ())), targets.max_parts + 1) if through else targets
             guided = any(chosen.guidance_scale != 1 for chosen in (*through.values(), *asked.values()))
             own_dropped = dropped if guided and (parts or dropped) else None
+            if self.network.config.subsets:
+                check_each_once(parts, own_dropped or (), own_targets)
             requests.append(Request(parts, own_targets, asked, own_dropped, own_seed, sample, edit, through, filling))
         return requests
 
@@ -369,7 +372,9 @@ class Model:
         if filling is not None:
             context = filling.context(context)
         dropped = None if request.dropped is None else self._encode(request.dropped)
-        n_context = max(self._n_rows(context), self._n_rows(dropped or []))
+        subsets = bool(self.network.config.subsets)
+        # Where there are subsets, a span that is filled in place has two markers while it is open.
+        n_context = max(self._n_rows(context), self._n_rows(dropped or [])) + int(subsets)
         settings, through = fit(request, n_context, self.max_sequence_length, self.engine.fixed_grids, bounded=bounded)
         plan = Plan(
             request.to.names,
@@ -382,6 +387,7 @@ class Model:
             None if request.edit is None else request.edit.wanted,
             through,
             None if filling is None else filling.opening,
+            subsets=subsets,
         )
         return Session(context, dropped, plan)
 

@@ -298,6 +298,24 @@ def parse_targets(to: str | Sequence[str], max_parts: int | None = None) -> Targ
     return Targets(names, len(names))
 
 
+def check_each_once(prompt: Sequence[ContentPart], dropped: Sequence[ContentPart], to: Targets) -> None:
+    """Refuse what a model that learnt subsets cannot read: a document of theirs holds each modality once.
+
+    Args:
+        dropped: what stands in the prompt's place where guidance drops the condition.
+
+    Raises:
+        OmniformError: a modality comes twice in the prompt and the reply.
+    """
+    for parts in (prompt, dropped):
+        names = [*(part.modality for part in parts), *(to.names or ())]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise OmniformError(
+                f"prompt and reply hold {', '.join(names)}, but this model learnt subsets of a document that has each "
+                f"modality once (model.subsets): leave out all but one {' and one '.join(twice)}"
+            )
+
+
 def split_names(given: str) -> list[str]:
     """Return the names in a text that was typed, with commas or spaces between them."""
     return [name for name in re.split(r"[,\s]+", given) if name]

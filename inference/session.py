@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from omniform.inference.branch import Branch
+from omniform.inference.branch import Branch, SubsetBranch
 from omniform.inference.sampling import KeyedDraw
 from omniform.modeling.codebooks import Codebooks, CodedRows
 from omniform.modeling.generation_config import SamplingSettings
@@ -55,6 +55,7 @@ class Plan:
         wanted: which of those tokens are to be new.
         through: settings of the first parts by modality, in place of `settings`, as many as there are.
         opening: the marker that opens the first part, in place of the begin marker.
+        subsets: the model learnt subsets, and reads as it did then; see `SubsetBranch`.
     """
 
     to: tuple[str, ...] | None
@@ -67,6 +68,7 @@ class Plan:
     wanted: Bool[Tensor, "N"] | None = None
     through: Mapping[str, SamplingSettings] = dataclasses.field(default_factory=dict)
     opening: str | None = None
+    subsets: bool = False
 
 
 class Session:
@@ -85,7 +87,8 @@ class Session:
     """
 
     def __init__(self, context: Sequence[Part], dropped: Sequence[Part] | None, plan: "Plan") -> None:
-        self.branches = [Branch(context)] + ([] if dropped is None else [Branch(dropped, grows=False)])
+        kind = SubsetBranch if plan.subsets else Branch
+        self.branches = [kind(context)] + ([] if dropped is None else [kind(dropped, grows=False)])
         self.plan = plan
         self.generated: list[Tokens | Latents] = []
         self.span: OpenSpan | None = None
@@ -191,10 +194,15 @@ class Session:
         )
 
     def advance(self, logits: Sequence[Float[Tensor, "R W"]], vocabulary: Vocabulary) -> OpenSpan:
-        """Take one step of the open span, given the model's outputs for each branch; close the span when it is done."""
+        """Take one step of the open span, given the model's outputs for each branch; close the span when it is done.
+
+        Args:
+            logits: at the last rows of each branch, as many as its `n_read` says.
+        """
         span = self.span
         assert span is not None
         scale = span.settings.guidance_scale
+        logits = [branch.outputs(found) for branch, found in zip(self.branches, logits, strict=True)]
         guided = logits[0] if len(logits) == 1 or scale == 1 else span.objective.guide(logits[0], logits[1], scale)
         ids = vocabulary.target_range(span.modality)
         end_id = vocabulary.end_of(span.modality)

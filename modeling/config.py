@@ -17,6 +17,7 @@ from omniform.errors import OmniformError
 from omniform.modeling.denoisers import DENOISERS, MODE, Denoiser
 from omniform.modeling.objectives.base import Objective
 from omniform.modeling.objectives.registry import OBJECTIVES
+from omniform.modeling.subsets import AnySubset, unfit
 
 ConfigT = TypeVar("ConfigT")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -192,6 +193,9 @@ class ModelConfig:
             whose rows see each other (prefix LM, arXiv:1910.10683). Denoisers have a `given` of their own.
         denoisers: by name, ways to cut a text and to fill its gaps, which tasks such as text~NAME learn; see
             `omniform.modeling.denoisers`. One without a mode has its name for that.
+        subsets: by name, ways to give some tokens of each modality and learn others, which tasks such as
+            text+image~NAME learn; see `omniform.modeling.subsets`. A model with any learns nothing else, and reads
+            every prompt as they do.
         position_embeddings: by modality, the most tokens of its spans: each position has a learnt vector beside the
             rotary positions; see `PositionEmbedding`. For modalities of a fixed grid.
         z_loss: weight of log(Z)^2 in every discrete loss.
@@ -203,6 +207,7 @@ class ModelConfig:
     objectives: dict[str, AnyObjective]
     given: Literal["causal", "bidirectional"] = "causal"
     denoisers: dict[Annotated[str, Field(pattern=MODE)], AnyDenoiser] = Field(default_factory=dict)
+    subsets: dict[Annotated[str, Field(pattern=MODE)], AnySubset] = Field(default_factory=dict)
     position_embeddings: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     z_loss: float = Field(default=0.0, ge=0)
     next_span_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -227,6 +232,29 @@ class ModelConfig:
                 raise ValueError(
                     f"denoisers of the mode {mode} have given: {', '.join(sorted(ways))}, expected one for all, by "
                     "which a prompt in this mode is read: change one, or its mode"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_subsets(self) -> "ModelConfig":
+        if not self.subsets:
+            return self
+        for modality, objective in self.objectives.items():
+            if (problem := unfit(objective)) is not None:
+                raise ValueError(f"objectives.{modality}: {problem}, or leave out model.subsets")
+        for name, subset in self.subsets.items():
+            if unknown := sorted(subset.named - set(self.objectives)):
+                raise ValueError(
+                    f"subsets.{name} has a concentration for {', '.join(unknown)}, but the objectives are for "
+                    f"{', '.join(self.objectives)}: name modalities of the model"
+                )
+        if self.given != "causal":
+            raise ValueError("given is bidirectional with subsets, which read what is given so anyway: leave given out")
+        for key, rest in (("denoisers", "cut a text by itself"), ("next_span_weight", "are about an order of parts")):
+            if getattr(self, key):
+                raise ValueError(
+                    f"{key} is given with subsets, beside which nothing else is learnt: leave one of them out; "
+                    f"{key} {rest}"
                 )
         return self
 

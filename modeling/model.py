@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from omniform.kernels.attention import MaskForm, preferred_form
+from omniform.modeling.agreement import check_agreement
 from omniform.modeling.attention_pattern import AttentionPattern
 from omniform.modeling.codebooks import NOTHING, CodedRows
 from omniform.modeling.config import ConfigError, ModelConfig, TopK
@@ -16,7 +17,7 @@ from omniform.modeling.experts import RoutingTally, TopKExperts
 from omniform.modeling.initialisation import initialise
 from omniform.modeling.interfaces import ContinuousInterface, DiscreteInterface, PositionEmbedding
 from omniform.modeling.layers import KeyValueCache
-from omniform.modeling.objectives.base import ContinuousRows, Objective
+from omniform.modeling.objectives.base import ContinuousRows
 from omniform.modeling.objectives.next_token import NextToken
 from omniform.tokenizers.vocabulary import IdRange, Vocabulary
 
@@ -29,42 +30,12 @@ class UnifiedModel(nn.Module):
             set to None; None before the first, and without routers.
 
     Raises:
-        ConfigError: a modality of the vocabulary has no objective, or an objective no modality; one that is for vectors
-            where the modality has codes, or the other way round; one with blocks is for spans of one length; or it does
-            not take as many codebooks as there are, see `check_codebooks`.
+        ConfigError: see `check_agreement`.
     """
 
     def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
-        if set(config.objectives) != set(vocabulary.names):
-            raise ConfigError(
-                f"model.objectives is for {sorted(config.objectives)}, but the tokenizers are for "
-                f"{sorted(vocabulary.names)}: give one objective per modality"
-            )
-        if unknown := set(config.position_embeddings) - set(vocabulary.names):
-            raise ConfigError(
-                f"model.position_embeddings is for {sorted(unknown)} too, but the tokenizers are for "
-                f"{sorted(vocabulary.names)}: name modalities of the model"
-            )
-        for name, objective in config.objectives.items():
-            channels = vocabulary.channels_of(name)
-            if objective.continuous != (channels is not None):
-                made = "codes" if channels is None else f"vectors of {channels} numbers"
-                raise ConfigError(
-                    f"model.objectives.{name} is {objective.kind}, but its tokenizer makes {made}: choose an objective "
-                    "for these, or another tokenizer"
-                )
-            check_codebooks(name, objective, vocabulary)
-            if objective.block_size is not None and vocabulary.end_of(name) is None:
-                raise ConfigError(
-                    f"model.objectives.{name}.block_size is {objective.block_size}, but all spans of {name} have one "
-                    "length: leave it out; blocks are for spans that end themselves"
-                )
-        if config.decoder.timestep == "adaln" and not any(o.continuous for o in config.objectives.values()):
-            raise ConfigError(
-                "model.decoder.timestep is adaln, but no modality is made of vectors, which alone have times: leave it "
-                "out"
-            )
+        check_agreement(config, vocabulary)
         self.config, self.vocabulary = config, vocabulary
         self.interface = DiscreteInterface(vocabulary.size, config.decoder.dim)
         self.continuous = nn.ModuleDict()
@@ -140,7 +111,7 @@ class UnifiedModel(nn.Module):
         ranges = [self.vocabulary.codebook_range(modality, codebook) for codebook in range(len(groups))]
         codes = torch.cat([self.logits(group, ids) for group, ids in zip(groups, ranges, strict=True)])
         end_id = self.vocabulary.end_of(modality)
-        assert end_id is not None, "refused by check_codebooks"
+        assert end_id is not None, "refused by check_agreement"
         end = self.logits(hidden[order], IdRange(end_id, end_id + 1))
         # Finite, so that guidance may subtract it from itself.
         end = end.masked_fill(codebooks[order, None] > 0, torch.finfo(end.dtype).min)
@@ -259,32 +230,6 @@ class UnifiedModel(nn.Module):
             return None
         objective = self.config.objectives[modality]
         return f"{objective.kind}_{channels}_to_{objective.n_outputs(channels)}"
-
-
-def check_codebooks(modality: str, objective: Objective, vocabulary: Vocabulary) -> None:
-    """Refuse an objective that does not take as many codebooks as a modality has.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    n_codebooks, path = vocabulary.n_codebooks(modality), f"model.objectives.{modality}"
-    if n_codebooks == 1 and isinstance(objective, NextToken) and objective.codebooks is not None:
-        raise ConfigError(f"{path}.codebooks is {objective.codebooks}, but {modality} has one codebook: leave it out")
-    if n_codebooks == 1 and objective.layout == "parallel":
-        raise ConfigError(
-            f"{path} is {objective.kind}, but {modality} has one codebook: choose next_token or masked, or a tokenizer "
-            "of several codes per frame"
-        )
-    if n_codebooks > 1 and objective.layout is None:
-        raise ConfigError(
-            f"{path} is {objective.kind}, but {modality} has {n_codebooks} codebooks, which next_token and "
-            "coarse_to_fine take: choose one of these"
-        )
-    if n_codebooks > 1 and vocabulary.end_of(modality) is None:
-        raise ConfigError(
-            f"{path}: {modality} has {n_codebooks} codebooks and spans of one length: spans of several codebooks end "
-            "themselves; let its tokenizer have no fixed_grid"
-        )
 
 
 def _placed(

@@ -118,6 +118,7 @@ def _collect(spans: Sequence[tuple[MultimodalSequence, int, Span, int]]) -> Targ
         lengths=lengths,
         noise_keys=np.array([s.noise_key for s, _, _, _ in spans], dtype=np.uint64),
         span_numbers=np.array([number for _, _, _, number in spans]),
+        all_hidden=np.array([span.hidden for _, _, span, _ in spans]),
         values=torch.cat(values) if values else None,
     )
 

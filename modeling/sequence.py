@@ -61,6 +61,7 @@ class Span:
 
     Attributes:
         noised: the rows are a corrupted target that a clean copy follows.
+        hidden: nothing of a target is shown, whatever its objective would show.
     """
 
     modality: str
@@ -69,6 +70,7 @@ class Span:
     grid: tuple[int, ...]
     role: Role
     noised: bool
+    hidden: bool = False
 
 
 def grid_positions(grid: tuple[int, ...], length: int, first: int) -> npt.NDArray[np.int64]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from omniform.data.mixture import INTERLEAVED, DataConfig, DataStage, SourceChange, denoised
+from omniform.data.mixture import INTERLEAVED, DataConfig, DataStage, SourceChange, denoised, subset_of, subset_problem
 from omniform.errors import OmniformError
 from omniform.modeling.config import STRICT, ModelConfig
 from omniform.modeling.generation_config import SamplingSettings, Ways
@@ -308,8 +308,9 @@ class TrainConfig(FitConfig):
 
     @model_validator(mode="after")
     def _check_guidance(self) -> "TrainConfig":
-        # What an interleaved document begins with has no condition.
-        if self.data.condition_dropout or INTERLEAVED in self._tasks_drawn:
+        # What an interleaved document begins with has no condition, and budgets of subsets leave conditions out.
+        tasks = self._tasks_drawn
+        if self.data.condition_dropout or INTERLEAVED in tasks or any(map(subset_of, tasks)):
             return self
         for modality, settings in self.generation.items():
             if settings.guidance_scale != 1:
@@ -351,6 +352,19 @@ class TrainConfig(FitConfig):
                             f"model.given is bidirectional, but the task {INTERLEAVED} of {source.label} learns every "
                             "part, so that none may see what follows it: leave given out, or the task"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _check_subsets(self) -> "TrainConfig":
+        changed = {f"stages.{place}.mixture: ": stage.mixture for place, stage in enumerate(self.stages)}
+        for where, data in {
+            "": self.data,
+            **{at: self.data.changed(mixture) for at, mixture in changed.items()},
+        }.items():
+            for number, source in enumerate(data.sources):
+                for task in source.tasks:
+                    if problem := subset_problem(task, self.model.subsets):
+                        raise ValueError(f"{where}data.sources.{number} ({source.label}): the task {task} {problem}")
         return self
 
     @property

@@ -85,6 +85,7 @@ def train(
         stages=config.data_stages,
         denoisers=config.model.denoisers,
         prefix=config.model.given == "bidirectional",
+        subsets=config.model.subsets,
     )
     generation = GenerationConfig(
         max_sequence_length=config.data.row_length, modalities=config.generation, through=config.through

@@ -73,6 +73,7 @@ class TargetSpans:
         span_numbers: place of the span within its sample.
         values: clean contents of a continuous modality, whose ids say nothing; None for a discrete one.
         codebooks: which of `n_codebooks` each content is of; None where there is one.
+        all_hidden: spans of which nothing may be shown; none unless given.
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -85,6 +86,7 @@ class TargetSpans:
     values: Float[Tensor, "M C"] | None = None
     codebooks: npt.NDArray[np.int64] | None = None
     n_codebooks: int = 1
+    all_hidden: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)

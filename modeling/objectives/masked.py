@@ -218,9 +218,12 @@ def n_undecided(schedule: Schedule, step: int, n_steps: int, n_wanted: int) -> i
 
 
 def counted_mask(targets: TargetSpans, schedule: Schedule) -> npt.NDArray[np.bool_]:
-    """Return which contents to hide: ceil(gamma(t) * n) of each span, at least one, with t uniform by keyed numbers."""
+    """Return which contents to hide: ceil(gamma(t) * n) of each span, at least one, with t uniform by keyed numbers;
+    all of those of which nothing may be shown."""
     times, content_keys = _keyed(targets)
     n_masked = np.clip(np.ceil(masked_fraction(times, schedule) * targets.lengths), 1, targets.lengths)
+    if targets.all_hidden is not None:
+        n_masked = np.where(targets.all_hidden, targets.lengths, n_masked)
     hidden: npt.NDArray[np.bool_] = _ranks(content_keys, targets) < n_masked[targets.span_index]
     return hidden
 

@@ -23,7 +23,8 @@ def draw_samples(loaded: LoadedModel, folder: Path, prompts: Sequence[object] = 
     speech-K.wav and video-K.mp4 for the first two prompts, as far as the model has these modalities; and prompts.json,
     {name of a file: its prompt as text}, of images.png a list of the prompts of each row.
 
-    A model that has no images writes what it says about the prompts. Speech of no samples leaves no file. Seed 0: what
+    A model that has no images writes what it says about the prompts. Speech of no samples leaves no file. A prompt with
+    the modality that is asked for is passed over where the model learnt subsets, which have each once. Seed 0: what
     differs from one time to the next is the model.
 
     Args:
@@ -32,26 +33,33 @@ def draw_samples(loaded: LoadedModel, folder: Path, prompts: Sequence[object] = 
     """
     model = Model(loaded)
     folder.mkdir(parents=True, exist_ok=True)
-    words = [_in_words(prompt) for prompt in prompts]
     given: dict[str, object] = {}
     for modality in ("speech", "video"):
-        if modality not in model.modalities:
-            continue
-        for place, reply in enumerate(model.generate_batch(prompts[:_N_MEDIA], modality, seed=0)):
+        asked = _answerable(prompts, modality, model)[:_N_MEDIA]
+        words = [_in_words(prompt) for prompt in asked]
+        for place, reply in enumerate(model.generate_batch(asked, modality, seed=0)):
             path = folder / f"{modality}-{place}{DEFAULT_SUFFIX[modality]}"
             path.unlink(missing_ok=True)  # an earlier sample, if this one leaves no file
             if not (isinstance(part := reply.parts[0], SpeechPart) and not len(part.audio.samples)):
                 write_part(part, path)
                 given[path.name] = words[place]
-    if "image" in model.modalities:
-        images = [reply.images[0] for reply in model.generate_batch(prompts, "image", seed=0)]
+    if asked := _answerable(prompts, "image", model):
+        words = [_in_words(prompt) for prompt in asked]
+        images = [reply.images[0] for reply in model.generate_batch(asked, "image", seed=0)]
         image_grid(images).save(folder / "images.png")
         given["images.png"] = [words[first : first + _COLUMNS] for first in range(0, len(words), _COLUMNS)]
         prompts = images
-    if "text" in model.modalities:
-        lines = [" ".join(reply.text.split()) for reply in model.generate_batch(prompts, "text", seed=0)]
+    if asked := _answerable(prompts, "text", model):
+        lines = [" ".join(reply.text.split()) for reply in model.generate_batch(asked, "text", seed=0)]
         (folder / "text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / PROMPTS).write_text(json.dumps(given, indent=1) + "\n", encoding="utf-8")
+
+
+def _answerable(prompts: Sequence[object], modality: str, model: Model) -> list[object]:
+    if modality not in model.modalities:
+        return []
+    each_once = bool(model.network.config.subsets)
+    return [p for p in prompts if not each_once or modality not in {part.modality for part in parse_prompt(p)}]
 
 
 def _in_words(prompt: object) -> str:

@@ -1,0 +1,44 @@
+"""Runs with subsets: a task that does not fit the model is refused by its path."""
+
+import pytest
+
+from omniform.modeling.config import ConfigError, parse_config
+from omniform.training.config import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "stages", "message"),
+    [
+        (
+            "subsets: {a: {input_budget: 1, target_budget: 1}}",
+            "text->image",
+            "",
+            r"data\.sources\.0 \(x\): the task text->",
+        ),
+        (
+            "",
+            "text+image~a",
+            "",
+            r"data\.sources\.0 \(x\): the task text\+image~a needs model\.subsets\.a; there is none",
+        ),
+        (
+            "subsets: {a: {input_budget: 1, target_budget: 1}}",
+            "text+image~a",
+            "stages: [{name: s, mixture: {x: {tasks: {text+image~b: 1}}}}]",
+            r"stages\.0\.mixture: data\.sources\.0 \(x\): the task text\+image~b needs model\.subsets\.b; there is a",
+        ),
+    ],
+)
+def test_a_run_is_refused_by_the_path_of_its_task(model: str, task: str, stages: str, message: str) -> None:
+    text = f"""
+name: x
+steps: 2
+{stages}
+tokenizers: {{}}
+model:
+  objectives: {{text: next_token, image: masked}}
+  {model}
+data: {{sources: [{{path: x, tasks: {{{task}: 1}}}}]}}
+"""
+    with pytest.raises(ConfigError, match=message):
+        parse_config(TrainConfig, text)
