@@ -28,14 +28,13 @@ class SolverState(SpanState):
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Solved(Objective):
-    """A span whose rows see each other, all at one time between data (0) and noise (1).
+    """A span whose rows are all at one time between data (0) and noise (1).
 
     The loss of a token is the mean over its channels of the squared error.
     """
 
     weight: float = Field(default=1.0, gt=0)
 
-    bidirectional: ClassVar[bool] = True
     corrupts: ClassVar[bool] = True
     shift: ClassVar[int] = 0
     commits: ClassVar[bool] = False
@@ -64,7 +63,7 @@ class Solved(Objective):
         return SolverState(torch.full((length,), mask_id), 0, len(solver.timesteps), solver=solver)
 
     def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
-        """The whole span: its vectors see each other."""
+        """The whole span: all its vectors move in every step."""
         return state.token_ids
 
     def vectors(self, state: SpanState, channels: int, draw: Draw) -> ContinuousRows:
