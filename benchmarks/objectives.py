@@ -30,7 +30,7 @@ from omniform.preview import image_grid
 from omniform.training.config import TrainConfig
 
 DOCS, RESULTS = Path("docs/images"), Path("benchmarks/results/objectives.json")
-N, SEED = 2100, 1
+N, SEED = 1050, 1
 REFERENCE, EDITOR = "next_token", "masked 8"
 TIMED = ("masked 4", "masked 8", "masked 16", "flow 10", "flow 25", "gmm", "masked_gmm 8")
 SHOWN = (

@@ -76,10 +76,9 @@ ARMS = {
     "flow 10": Arm("flow", 10, chosen_like="flow 25", tokenizer="latents"),
     "flow 25": Arm("flow", 25, _FLOW, tokenizer="latents"),
     "flow 50": Arm("flow", 50, chosen_like="flow 25", tokenizer="latents"),
-    "causal flow 25": Arm("flow-causal", 25, _FLOW, tokenizer="latents"),
-    "gmm": Arm("gmm", None, _MIXTURES, tokenizer="latents"),
-    "masked_gmm 8": Arm("masked_gmm", 8, _MIXTURES, tokenizer="latents"),
-    "masked_gmm 16": Arm("masked_gmm", 16, chosen_like="masked_gmm 8", tokenizer="latents"),
+    "causal flow 25": Arm("flow-causal", 25, _FLOW, 100, tokenizer="latents"),
+    "gmm": Arm("gmm", None, _MIXTURES, 100, tokenizer="latents"),
+    "masked_gmm 8": Arm("masked_gmm", 8, _MIXTURES, 100, tokenizer="latents"),
 }
 
 
