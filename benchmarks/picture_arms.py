@@ -65,7 +65,7 @@ class Arm:
 _GUIDANCE = (1.5, 2.0, 3.0)
 _MASKED = {"guidance_scale": _GUIDANCE, "choice_temperature": (4.5, 9.0, 18.0)}
 _FLOW = {"guidance_scale": (1.0, 1.5, 2.0, 3.0)}
-_MIXTURES = {"guidance_scale": (1.0, 2.0), "temperature": (0.3, 0.6, 0.9)}
+_MIXTURES = {"guidance_scale": (1.0, 2.0, 4.0), "temperature": (0.1, 0.2, 0.3)}
 ARMS = {
     "next_token": Arm("next_token", None, {"guidance_scale": _GUIDANCE, "temperature": (0.8, 0.9, 1.0)}, 300),
     "masked 1": Arm("masked", 1, chosen_like="masked 4"),
