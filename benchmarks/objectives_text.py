@@ -41,19 +41,21 @@ class Arm:
     Attributes:
         bound: what is measured is an upper bound.
         differs: settings that may differ from those of the reference.
+        seeds: of its trainings, each in the folder NAME-SEED.
     """
 
     bound: bool
     differs: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
 
 
 ARMS = {
-    "next_token": Arm(False, ()),
+    "next_token": Arm(False, (), (0, 1, 2)),
     "denoisers": Arm(False, ("model.denoisers", "data.sources")),
     "masked": Arm(True, ("model.objectives.text",)),
     "masked_4": Arm(True, ("model.objectives.text",)),
     "with_pictures": Arm(
-        False, ("data.sources", "data.row_length", "rows_per_step", "engine.micro_batch_rows", "steps")
+        False, ("data.sources", "data.row_length", "rows_per_step", "engine.micro_batch_rows", "steps"), (0, 1, 2)
     ),
 }
 
@@ -80,17 +82,21 @@ class Texts:
 
 
 def check_training() -> dict[str, Any]:
-    """Return the settings of the reference, after making sure that the others differ from it as `ARMS` says.
+    """Return the settings of the reference, and in what the others differ from it: in what `ARMS` says alone.
 
     Raises:
         OmniformError: a run is missing, or differs in something else.
     """
-    reference = _resolved(REFERENCE)
+    reference, differing = _flat(_resolved(f"{REFERENCE}-0")), {}
     for name, arm in ARMS.items():
-        other = [key for key in _differing(name) if not key.startswith(arm.differs)]
-        if other:
-            raise OmniformError(f"{ROOT / name} differs from {REFERENCE} in {', '.join(other)}: train it as it was")
-    return reference
+        for seed in arm.seeds:
+            found = {k: v for k, v in _flat(_resolved(f"{name}-{seed}")).items() if reference.get(k, ()) != v}
+            if found.pop("seed", 0) != seed or any(not key.startswith(arm.differs) for key in found):
+                raise OmniformError(
+                    f"{ROOT / name}-{seed} differs from {REFERENCE}-0 in {', '.join(found)}: train it as the page says"
+                )
+            differing[name] = found
+    return {"reference": reference, "differing": differing}
 
 
 def bits(model: Model, texts: Sequence[str]) -> NDArray[np.float64]:
@@ -126,28 +132,33 @@ def run() -> dict[str, Any]:
     shown = Texts.read("train-video").texts
     # Captions are made from templates, digits and motions, all alike: no model of the captions does better.
     floor = math.log2(len(set(shown)))
-    costs = {name: bits(load(ROOT / name / "model"), held_out.texts) for name in ARMS}
+    costs = {
+        (name, seed): bits(load(ROOT / f"{name}-{seed}" / "model"), held_out.texts)
+        for name, arm in ARMS.items()
+        for seed in arm.seeds
+    }
     sizes, groups = held_out.n_bytes, {"known": held_out.known, "new": ~held_out.known}
-    found = {
-        name: {
-            "bound": arm.bound,
-            **{group: per_byte(costs[name][chosen], sizes[chosen]) for group, chosen in groups.items()},
+    found = [
+        {
+            "arm": name,
+            "seed": seed,
+            "bound": ARMS[name].bound,
+            **{group: per_byte(cost[chosen], sizes[chosen]) for group, chosen in groups.items()},
             "less_next_token": {
-                group: per_byte((costs[name] - costs[REFERENCE])[chosen], sizes[chosen])
+                group: per_byte((cost - costs[REFERENCE, seed])[chosen], sizes[chosen])
                 for group, chosen in groups.items()
             },
         }
-        for name, arm in ARMS.items()
-    }
+        for (name, seed), cost in costs.items()
+    ]
     results = {
         "training": training,
-        "differs": {name: {key: _flat(_resolved(name))[key] for key in _differing(name)} for name in ARMS},
         "n_texts": {group: int(chosen.sum()) for group, chosen in groups.items()},
         "n_texts_of_training": len(shown),
         "n_distinct_texts_of_training": len(set(shown)),
         "floor": {
             "bits_per_text": floor,
-            "bits_per_byte": floor * groups["known"].sum() / float(sizes[groups["known"]].sum()),
+            "bits_per_byte": floor * int(held_out.known.sum()) / int(sizes[held_out.known].sum()),
         },
         "n_draws": N_DRAWS,
         "arms": found,
@@ -165,10 +176,10 @@ def as_text(results: Mapping[str, Any]) -> str:
         return f"{value:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
 
     rows = [("bits per byte", "known", "new", "known, less next_token", "new, less next_token"), ("---",) * 5]
-    for name, found in results["arms"].items():
+    for found in results["arms"]:
         less = found["less_next_token"]
         figures = (cell(found["known"]), cell(found["new"]), cell(less["known"], "+"), cell(less["new"], "+"))
-        rows.append((f"{name}{', at most' if found['bound'] else ''}", *figures))
+        rows.append((f"{found['arm']}, seed {found['seed']}{', at most' if found['bound'] else ''}", *figures))
     rows.append(("floor", f"{results['floor']['bits_per_byte']:.4f}", "-", "-", "-"))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -180,11 +191,6 @@ def _resolved(name: str) -> dict[str, Any]:
     config = parse_config(TrainConfig, (folder / "config.yaml").read_text(encoding="utf-8"))
     resolved: dict[str, Any] = TypeAdapter(TrainConfig).dump_python(config, mode="json")
     return resolved
-
-
-def _differing(name: str) -> list[str]:
-    reference = _flat(_resolved(REFERENCE))
-    return [key for key, value in _flat(_resolved(name)).items() if reference.get(key) != value]
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
