@@ -30,9 +30,9 @@ from omniform.preview import image_grid
 from omniform.training.config import TrainConfig
 
 DOCS, RESULTS = Path("docs/images"), Path("benchmarks/results/objectives.json")
-N, SEED = 1050, 1
+N, SEED, N_PAIRS = 1050, 1, 15
 REFERENCE, EDITOR = "next_token", "masked 8"
-TIMED = ("masked 4", "masked 8", "masked 16", "flow 10", "flow 25", "gmm", "masked_gmm 8")
+TIMED = ("masked 4", "masked 8", "masked 16", "flow 10", "flow 25", "flow 50", "gmm", "masked_gmm 8")
 SHOWN = (
     "next_token",
     "masked 4",
@@ -99,26 +99,22 @@ def _digests(arm: Arm) -> dict[str, dict[str, str]]:
 
 
 def time_arms(models: Mapping[str, Model], settings: Mapping[str, Settings]) -> dict[str, Any]:
-    """Return seconds per picture by batch size and arm, each arm timed in turns with the reference; one thread."""
+    """Return seconds for a picture by arm, each arm timed in turns with the reference; alone, one thread."""
     torch.set_num_threads(1)
 
-    def work(name: str, n: int) -> Callable[[], object]:
-        prompts, given = captions(TEST_TEMPLATES, n)[0], ARMS[name].keywords(models[name], settings[name])
-        return lambda: models[name].generate_batch(prompts, "image", seed=0, **given)
+    def work(name: str) -> Callable[[], object]:
+        given = ARMS[name].keywords(models[name], settings[name])
+        return lambda: models[name].generate("the digit three", to="image", seed=0, **given)
 
-    found: dict[str, Any] = {}
-    for n, n_pairs in ((1, 15), (100, 5)):
-        ratios = {name: compare(work(name, n), work(REFERENCE, n), n_pairs) for name in TIMED}
-        calm, verdict = control(work("masked 4", n), n_pairs)
-        seconds = {name: ratio.seconds[0] / n for name, ratio in ratios.items()}
-        seconds[REFERENCE] = statistics.median(ratio.seconds[1] / n for ratio in ratios.values())
-        found[str(n)] = {
-            "seconds_per_picture": seconds,
-            "next_token_over_arm": {name: [r.ratio, r.low, r.high, r.n_dropped] for name, r in ratios.items()},
-            "control": calm.ratio,
-            "verdict": verdict,
-        }
-    return found
+    ratios = {name: compare(work(name), work(REFERENCE), N_PAIRS) for name in TIMED}
+    calm, verdict = control(work("masked 4"), N_PAIRS)
+    return {
+        "seconds": {name: ratio.seconds[0] for name, ratio in ratios.items()}
+        | {REFERENCE: statistics.median(ratio.seconds[1] for ratio in ratios.values())},
+        "next_token_over_arm": {name: [r.ratio, r.low, r.high, r.n_dropped] for name, r in ratios.items()},
+        "control": calm.ratio,
+        "verdict": verdict,
+    }
 
 
 def differences(figures: Mapping[str, Any], drawn: Mapping[str, Pictures], scale: Scale) -> list[dict[str, Any]]:
@@ -206,15 +202,15 @@ def as_text(results: Mapping[str, Any]) -> str:
     for name, found in {**results["arms"], **results["real"]}.items():
         row(name, *(cell(found[key], percent) for key, percent in {**figures, "copy_rate": True}.items()))
     lines.append("")
-    row("", "forward passes", "sampling", "right, less next_token, points", "s / picture, batch 1", "batch 100")
-    row(*["---"] * 6)
+    row("", "forward passes", "sampling", "right, less next_token, points", "s / picture")
+    row(*["---"] * 5)
     for name, found in results["arms"].items():
         accuracy, reference = (results["arms"][arm]["accuracy"]["value"] for arm in (name, REFERENCE))
         difference = {"value": accuracy - reference, "ci95": found["less_next_token"]}
-        times = [results["timing"][n]["seconds_per_picture"].get(name) for n in ("1", "100")]
-        told = ["-" if seconds is None else f"{seconds:.3f}" for seconds in times]
+        seconds = results["timing"]["seconds"].get(name)
+        told = "-" if seconds is None else f"{seconds:.3f}"
         settings = ", ".join(f"{key} {value:g}" for key, value in found["settings"].items())
-        row(name, str(found["forward_passes"]), settings, cell(difference, True), *told)
+        row(name, str(found["forward_passes"]), settings, cell(difference, True), told)
     lines.append("")
     row("", "right, points", "Fréchet")
     row(*["---"] * 3)
@@ -226,10 +222,10 @@ def as_text(results: Mapping[str, Any]) -> str:
     for name in ("original", "erased", "erased, judge of halves", "with caption", "without"):
         found = results["inpainting"][name]
         row(name, cell(found, True), *(cell(half, True) for half in found["halves"].values()))
-    for n, found in results["timing"].items():
-        ratios = (f"{name} {r[0]:.2f} [{r[1]:.2f}, {r[2]:.2f}]" for name, r in found["next_token_over_arm"].items())
-        lines.append(f"\nnext_token takes, at batch {n}, times as long as: {', '.join(ratios)}")
-        lines.append(f"(control {found['control']:.2f}: {found['verdict']})")
+    timing = results["timing"]
+    ratios = (f"{name} {r[0]:.2f} [{r[1]:.2f}, {r[2]:.2f}]" for name, r in timing["next_token_over_arm"].items())
+    lines.append(f"\nnext_token takes times as long as: {', '.join(ratios)}")
+    lines.append(f"(control {timing['control']:.2f}: {timing['verdict']})")
     return "\n".join(lines)
 
 

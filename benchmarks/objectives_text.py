@@ -50,12 +50,12 @@ class Arm:
 
 
 ARMS = {
-    "next_token": Arm(False, (), (0, 1, 2)),
+    "next_token": Arm(False, (), (0, 1)),
     "denoisers": Arm(False, ("model.denoisers", "data.sources")),
     "masked": Arm(True, ("model.objectives.text",)),
     "masked_4": Arm(True, ("model.objectives.text",)),
     "with_pictures": Arm(
-        False, ("data.sources", "data.row_length", "rows_per_step", "engine.micro_batch_rows", "steps"), (0, 1, 2)
+        False, ("data.sources", "data.row_length", "rows_per_step", "engine.micro_batch_rows", "steps"), (0, 1)
     ),
 }
 
