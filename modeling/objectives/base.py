@@ -205,7 +205,6 @@ class Objective(ABC):
 
     Class attributes:
         kind: its name in configurations.
-        bidirectional: rows of such a span see their whole span.
         corrupts: training replaces contents, so that what follows needs a clean copy of the span.
         shift: the prediction of a content row is read from the row at this offset from it: -1 or 0.
         commits: every row that a step forwards is final and stays in the cache.
@@ -220,12 +219,16 @@ class Objective(ABC):
     kind: Any
     weight: float
     block_size: int | None = None
-    bidirectional: ClassVar[bool]
     corrupts: ClassVar[bool]
     shift: ClassVar[int]
     commits: ClassVar[bool]
     continuous: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    @abstractmethod
+    def bidirectional(self) -> bool:
+        """Whether rows of such a span see their whole span; a class attribute where it is no setting."""
 
     def n_outputs(self, channels: int) -> int:
         """Return how many numbers a continuous objective needs for each token of `channels` numbers."""

@@ -6,7 +6,7 @@ Transfusion (arXiv:2408.11039); DDIM (arXiv:2010.02502) for fewer steps. Here t 
 
 import copy
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ class Ddpm(Solved):
     kind: Literal["ddpm"] = "ddpm"
     eta: float = Field(default=1.0, ge=0, le=1)
     steps: int = Field(default=50, ge=1, le=MOST_STEPS)
+
+    bidirectional: ClassVar[bool] = True
 
     def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
         """Mix every vector with keyed noise, at the time of its span."""

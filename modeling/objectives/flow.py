@@ -43,6 +43,8 @@ class Flow(Solved):
         solver: of the differential equation: "euler" takes one forward pass a step; "heun" two, but for its last step
             (arXiv:2206.00364, algorithm 1).
         steps: of the solver, unless the request says otherwise.
+        attention: within a span: "bidirectional", or "causal", where a row sees those before it alone, as the text
+            does; Transfusion measures what that costs (arXiv:2408.11039, section 4.3).
     """
 
     kind: Literal["flow"] = "flow"
@@ -52,6 +54,12 @@ class Flow(Solved):
     time_shift: float = Field(default=1.0, gt=0)
     solver: Literal["euler", "heun"] = "euler"
     steps: int = Field(default=25, ge=1)
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether rows of such a span see their whole span."""
+        return self.attention == "bidirectional"
 
     def corrupt(self, targets: TargetSpans, mask_id: int) -> Corrupted:
         """Mix every vector with keyed noise, at the time of its span."""

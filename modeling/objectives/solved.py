@@ -29,7 +29,7 @@ class SolverState(SpanState):
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Solved(Objective):
-    """A span whose rows see each other, all at one time between data (0) and noise (1).
+    """A span whose rows are all at one time between data (0) and noise (1).
 
     In an edited span what is kept goes through the same times, mixed with the noise that the span began with, and is
     itself again at the end (RePaint, arXiv:2201.09865; deviation: no step is taken back to harmonise the two).
@@ -39,7 +39,6 @@ class Solved(Objective):
 
     weight: float = Field(default=1.0, gt=0)
 
-    bidirectional: ClassVar[bool] = True
     corrupts: ClassVar[bool] = True
     shift: ClassVar[int] = 0
     commits: ClassVar[bool] = False
@@ -67,7 +66,7 @@ class Solved(Objective):
         return SolverState(torch.full((length,), mask_id), 0, len(solver.timesteps), kept=kept, solver=solver)
 
     def inputs(self, state: SpanState, begin_id: int) -> Int[Tensor, "R"]:
-        """The whole span: its vectors see each other."""
+        """The whole span: all its vectors move in every step."""
         return state.token_ids
 
     def vectors(self, state: SpanState, channels: int, draw: Draw) -> ContinuousRows:

@@ -1,5 +1,6 @@
 """Pictures made as vectors: what was learnt comes back, alone, in batches, and as the context of what follows."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from omniform.errors import OmniformError
 from omniform.inference.generate import Model
+from omniform.inference.sampling import KeyedDraw
 from omniform.inference.session import Plan, Session
 from omniform.modeling.config import DecoderConfig, ModelConfig
 from omniform.modeling.corruption import corrupt
@@ -20,7 +22,7 @@ from omniform.modeling.objectives.gmm import Gmm
 from omniform.modeling.objectives.next_token import NextToken
 from omniform.modeling.packed_batch import pack
 from omniform.modeling.sequence import MultimodalSequence, Part, Role
-from omniform.tokenizers.base import Modality
+from omniform.tokenizers.base import Latents, Modality
 from omniform.tokenizers.image_latents import ImagePatchesConfig, ImagePatchesTokenizer
 from omniform.tokenizers.text import SentencePieceTokenizer
 
@@ -111,6 +113,32 @@ def test_half_a_picture_is_drawn_anew_and_the_other_stays(learnt: Model) -> None
         assert mended.images[0].tobytes() == reply.images[0].tobytes()
     varied = learnt.generate("left", to="image", image=tokenizer.to_pil(PICTURES["left"]), strength=0.5, seed=1)
     assert (drawn(varied, learnt) - PICTURES["left"]).abs().max() < 0.35
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_flow_is_drawn_as_euler_steps_over_whole_documents(
+    attention: str, tokenizers: dict[str, Modality[Any]]
+) -> None:
+    decoder = DecoderConfig(dim=48, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=96, rope_theta=100.0)
+    objectives = {"text": NextToken(), "image": Flow(attention=attention)}  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    network = UnifiedModel(ModelConfig(decoder=decoder, objectives=objectives), build_vocabulary(tokenizers)).eval()
+    model = Model(LoadedModel(network, tokenizers, {"max_sequence_length": 64}))
+    word, n_steps = tokenizers["text"].encode("left"), 3
+    values = KeyedDraw(5, 0, 0, SamplingSettings()).normal(0, torch.arange(4), 4)
+    for step in range(n_steps):
+        parts = [Part("text", word, Role.CONTEXT), Part("image", Latents(values, (2, 2)), Role.TARGET)]
+        sequence = MultimodalSequence.build(parts, network.vocabulary, objectives)
+        batch = pack([[sequence]], len(sequence), network.vocabulary)
+        held = replace(batch.vectors["image"], times=torch.full((4,), 1 - step / n_steps))
+        rows = (batch.token_ids, batch.modality_ids, batch.span_positions, batch.position_ids)
+        with torch.no_grad():
+            hidden = network.hidden(*rows, batch.pattern, vectors={"image": held})[0]
+            values = values - network.outputs(hidden[held.rows], "image") / n_steps
+    tokenizer: Any = tokenizers["image"]
+    expected = tokenizer.decode(Latents(values, (2, 2)))
+    found = drawn(model.generate("left", to="image", seed=5, steps=n_steps), model)
+    torch.testing.assert_close(found, expected, atol=1.5 / 255, rtol=0)  # the picture is of whole greys
 
 
 def test_guidance_steps_and_a_stored_model_change_what_they_should(learnt: Model, tmp_path: Path) -> None:

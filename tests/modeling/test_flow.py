@@ -135,7 +135,8 @@ def test_noise_to_begin_with_depends_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"time_shift": 0}, {"std": 0}, {"steps": 0}, {"solver": "rk4"}, {"times": "beta"}]
+    "settings",
+    [{"time_shift": 0}, {"std": 0}, {"steps": 0}, {"solver": "rk4"}, {"times": "beta"}, {"attention": "none"}],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
@@ -218,6 +219,22 @@ def test_gradients_reach_every_weight_whatever_a_batch_lacks(model: UnifiedModel
         for name, parameter in model.continuous.named_parameters():
             assert parameter.grad is not None, name
             assert bool(parameter.grad.any()) == reached, name
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_rows_of_a_span_see_the_whole_of_it_or_those_before(model: UnifiedModel, attention: str) -> None:
+    objectives = {**model.config.objectives, "image": Flow(attention=attention)}  # type: ignore[arg-type]
+    parts = [text([1, 2], Role.CONTEXT), latents(0, Role.TARGET)]
+    sequence = MultimodalSequence.build(parts, model.vocabulary, objectives)
+    batch = corrupt(pack([[sequence]], len(sequence), model.vocabulary), model.vocabulary, objectives)
+    held = batch.vectors["image"]
+    values = held.values.clone().requires_grad_()
+    rows = (batch.token_ids, batch.modality_ids, batch.span_positions, batch.position_ids)
+    hidden = model.hidden(*rows, batch.pattern, vectors={"image": replace(held, values=values)})[0]
+    for place, row in enumerate(held.rows.tolist()):
+        (found,) = torch.autograd.grad(hidden[row].square().sum(), values, retain_graph=True)
+        seen = range(place + 1) if attention == "causal" else range(4)
+        assert found.any(1).nonzero().flatten().tolist() == [*seen]
 
 
 def test_modalities_of_one_representation_share_its_interface(model: UnifiedModel) -> None:
