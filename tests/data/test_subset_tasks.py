@@ -136,7 +136,7 @@ def test_a_task_names_modalities_and_a_subset() -> None:
             {"subsets": {**SUBSETS, "whole": AnySubset(input_budget=8, target_budget=8, target_alpha={"speech": 1})}},
             r"has no modality with a concentration above 0 in model\.subsets\.whole\.target_alpha",
         ),
-        ({"row_length": 12}, r"takes 15 tokens in the task text\+image~whole, a row holds 12"),
+        ({"row_length": 12}, r"takes 16 tokens in the task text\+image~whole, a row holds 12"),
     ],
 )
 def test_a_task_that_cannot_be_learnt_is_refused(
