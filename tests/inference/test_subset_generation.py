@@ -1,5 +1,6 @@
 """Generation by a model that learnt subsets: each step reads the rows of training; what was learnt is what is made."""
 
+import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,11 +25,13 @@ from strategies import (
 )
 
 from omniform.errors import OmniformError
+from omniform.inference.chat import Chat
 from omniform.inference.engine import Engine
 from omniform.inference.generate import Model
 from omniform.inference.protocol import DataPart
 from omniform.inference.sampling import KeyedDraw
 from omniform.inference.session import Plan, Session
+from omniform.inference.terminal import Screen
 from omniform.modeling.config import DecoderConfig, ModelConfig
 from omniform.modeling.corruption import corrupt
 from omniform.modeling.folder import LoadedModel, build_vocabulary
@@ -150,7 +153,7 @@ def reference(
 
 
 @given(requests(), SETTINGS, st.integers(0, 2**32))
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_replies_are_those_of_the_documents_of_training(
     model: UnifiedModel, asked: tuple[list[list[Part]], list[str]], chosen: SamplingSettings, seed: int
 ) -> None:
@@ -344,6 +347,18 @@ def test_rows_of_a_reply_never_exceed_the_models(learnt: Model, room: int, fits:
         with pytest.raises(OmniformError, match="too long"):
             model.generate("dark", "image", seed=0)
     hook.remove()
+
+
+def test_chat_answers_what_is_typed_in_another_modality(learnt: Model, tmp_path: Path) -> None:
+    out, notes = io.StringIO(), io.StringIO()
+    chat = Chat(learnt, Screen(out, notes, {}), out_dir=tmp_path, seed=0)
+    assert chat.to == ["image"]
+    assert chat.handle("dark")
+    assert (chat.n_errors, len([*tmp_path.iterdir()])) == (0, 1)
+    chat.handle("/to text")
+    chat.handle("dark")
+    assert chat.n_errors == 1
+    assert "leave out all but one text" in notes.getvalue()
 
 
 def test_samples_pass_over_prompts_that_hold_the_modality(learnt: Model, tmp_path: Path) -> None:
