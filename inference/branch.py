@@ -145,7 +145,7 @@ class SubsetBranch(Branch):
         if not self._filled_in_place:
             return super().step_rows(token_ids, vectors, coded)
         contents, mask = token_ids.numpy(), self._vocabulary.mask
-        decided, undecided = ((contents != mask).nonzero()[0], (contents == mask).nonzero()[0])
+        decided, undecided = (contents != mask).nonzero()[0], (contents == mask).nonzero()[0]
         self._open = dataclasses.replace(self._open, token_ids=contents, given=decided, asked=undecided)
         return lay_out([*self._known, self._open], self._vocabulary, self._objectives)
 

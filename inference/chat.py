@@ -71,7 +71,10 @@ class Chat:
         self, model: Model, screen: Screen, to: str | None = None, out_dir: Path | None = None, seed: int | None = None
     ) -> None:
         self.model, self.screen, self.seed = model, screen, seed
+        others = [name for name in model.modalities if name != "text"]
         usual = "text" if "text" in model.modalities else model.modalities[0]
+        if model.network.config.subsets and others:  # what is typed is text, and each modality comes once
+            usual = others[0]
         self.to = self._parse_to(usual if to is None else to)
         self.out_dir = out_dir or Path(time.strftime("chat-%Y%m%d-%H%M%S"))
         self.settings: dict[str, Any] = {}

@@ -81,7 +81,7 @@ def evaluate_any_to_any(
     missing = {cell: reason for cell in cells or CELLS if (reason := world.why_not(cell)) is not None}
     if model.network.config.subsets:
         same = [cell for cell in cells or CELLS if len({*cell.split("->")}) == 1]
-        missing |= dict.fromkeys(same, "the model learnt subsets, in which each modality comes once")
+        missing = dict.fromkeys(same, "the model learnt subsets, in which each modality comes once") | missing
     if missing and (cells is not None or len(missing) == len(CELLS)):
         reasons = "; ".join(f"{cell}: {reason}" for cell, reason in missing.items())
         raise OmniformError(f"cells that cannot be scored: {reasons}")

@@ -35,7 +35,8 @@ def draw_samples(loaded: LoadedModel, folder: Path, prompts: Sequence[object] = 
     folder.mkdir(parents=True, exist_ok=True)
     given: dict[str, object] = {}
     for modality in ("speech", "video"):
-        asked = _answerable(prompts, modality, model)[:_N_MEDIA]
+        if not (asked := _answerable(prompts, modality, model)[:_N_MEDIA]):
+            continue
         words = [_in_words(prompt) for prompt in asked]
         for place, reply in enumerate(model.generate_batch(asked, modality, seed=0)):
             path = folder / f"{modality}-{place}{DEFAULT_SUFFIX[modality]}"

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from omniform.modeling.folder import LoadedModel, build_vocabulary
 from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
+from omniform.modeling.subsets import AnySubset
 from omniform.sample_report import samples_section
 from omniform.tokenizers.audio_files import read_audio
 from omniform.tokenizers.base import Modality
@@ -334,6 +336,20 @@ def test_what_a_model_has_not_is_named_and_the_rest_is_scored(world: Path) -> No
     assert reasons["speech->video"] == "the model has no speech and no video"
     with pytest.raises(OmniformError, match="text->speech: the model has no speech"):
         evaluate_any_to_any(model, world, cells=["text->speech"])
+
+
+def test_a_model_that_learnt_subsets_is_asked_from_each_modality_to_the_others(world: Path) -> None:
+    loaded = loaded_model(("text", "image"))
+    subsets = {"any": AnySubset(input_budget=8, target_budget=8)}
+    network = UnifiedModel(replace(loaded.model.config, subsets=subsets), loaded.model.vocabulary)
+    model = Model(replace(loaded, model=network))
+    metrics = evaluate_any_to_any(model, world, limit=2)
+    assert list(metrics["cells"]) == ["text->image", "image->text"]
+    reasons = {entry["cell"]: entry["reason"] for entry in metrics["missing"]}
+    assert {*metrics["cells"], *reasons} == set(CELLS)
+    assert reasons["video->video"] == "the model has no video"
+    with pytest.raises(OmniformError, match="text->text: the model learnt subsets, in which each modality comes once"):
+        evaluate_any_to_any(model, world, cells=["text->text", "text->image"])
 
 
 def test_data_that_the_suite_cannot_score_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:

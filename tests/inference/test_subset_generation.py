@@ -1,5 +1,6 @@
 """Generation by a model that learnt subsets: each step reads the rows of training; what was learnt is what is made."""
 
+import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,11 +25,13 @@ from strategies import (
 )
 
 from omniform.errors import OmniformError
+from omniform.inference.chat import Chat
 from omniform.inference.engine import Engine
 from omniform.inference.generate import Model
 from omniform.inference.protocol import DataPart
 from omniform.inference.sampling import KeyedDraw
 from omniform.inference.session import Plan, Session
+from omniform.inference.terminal import Screen
 from omniform.modeling.config import DecoderConfig, ModelConfig
 from omniform.modeling.corruption import corrupt
 from omniform.modeling.folder import LoadedModel, build_vocabulary
@@ -150,7 +153,7 @@ def reference(
 
 
 @given(requests(), SETTINGS, st.integers(0, 2**32))
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_replies_are_those_of_the_documents_of_training(
     model: UnifiedModel, asked: tuple[list[list[Part]], list[str]], chosen: SamplingSettings, seed: int
 ) -> None:
@@ -207,7 +210,7 @@ def learnt(omni: Model) -> Model:
     """A model that knows three things, each by a word, a picture and notes, from subsets of them."""
     tokenizers: dict[str, Modality] = {**omni.tokenizers, "notes": Notes()}
     if "toy" not in NETWORKS:
-        NETWORKS["toy"] = learn(tokenizers, 300).eval()
+        NETWORKS["toy"] = learn(tokenizers, 200).eval()
     return Model(LoadedModel(NETWORKS["toy"], tokenizers, {}))
 
 
@@ -215,13 +218,14 @@ def learn(tokenizers: dict[str, Modality], n_steps: int) -> UnifiedModel:
     subsets = [
         AnySubset(input_budget=8, target_budget=12, input_alpha=0.1),
         AnySubset(input_budget=(0, 12), target_budget=12),
+        AnySubset(input_budget=0, target_budget=12),
     ]
     decoder = DecoderConfig(dim=48, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=96, rope_theta=100.0)
     objectives = {"text": NextToken(), "image": Masked(steps=3), "notes": NextToken()}
     config = ModelConfig(
         decoder=decoder,
         objectives=objectives,
-        subsets={"whole": subsets[0], "parts": subsets[1]},
+        subsets={"whole": subsets[0], "parts": subsets[1], "nothing": subsets[2]},
         position_embeddings={"image": 4},
     )
     torch.manual_seed(0)
@@ -237,11 +241,12 @@ def learn(tokenizers: dict[str, Modality], n_steps: int) -> UnifiedModel:
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.0)
     for step in range(n_steps):
         sequences = [
-            subsets[key % 2].document(samples[key // 2 % 3], network.vocabulary, objectives, key)  # type: ignore[arg-type]
+            subsets[key % 3].document(samples[key // 3 % 3], network.vocabulary, objectives, key)  # type: ignore[arg-type]
             for key in range(12 * step, 12 * step + 12)
         ]
         batch = corrupt(pack([sequences], sum(map(len, sequences)), network.vocabulary), network.vocabulary, objectives)
         losses = network(batch)
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / n_steps)
         loss = torch.stack([losses[name] / max(batch.counts[name], 1.0) for name in losses]).sum()
         optimizer.zero_grad()
         loss.backward()
@@ -274,13 +279,14 @@ def test_every_modality_is_made_from_every_subset_in_any_order(learnt: Model) ->
 
 def test_what_is_made_of_nothing_goes_together(learnt: Model) -> None:
     """Chained from no prompt, the second and third part are those of what the first happens to be."""
-    replies = learnt.generate_batch([[]] * 12, to=["text", "image", "notes"], seed=3)
-    words = [reply.text for reply in replies]
+    replies = learnt.generate_batch([[]] * 12, to=["text", "image", "notes"], seed=3, top_p=0.9)
     known = {item["text"]: item for item in items_of(learnt)}
-    assert {*words} & {*known} == {*known}
-    for reply, word in zip(replies, words, strict=True):
-        for part in reply.parts if word in known else ():
-            assert_is(learnt, part, known[word][part.modality])
+    found = [reply for reply in replies if reply.text in known]
+    assert len(found) > 8
+    assert len({reply.text for reply in found}) > 1
+    for reply in found:
+        for part in reply.parts:
+            assert_is(learnt, part, known[reply.text][part.modality])
 
 
 def test_an_edited_picture_is_completed_from_what_is_kept(learnt: Model) -> None:
@@ -341,6 +347,18 @@ def test_rows_of_a_reply_never_exceed_the_models(learnt: Model, room: int, fits:
         with pytest.raises(OmniformError, match="too long"):
             model.generate("dark", "image", seed=0)
     hook.remove()
+
+
+def test_chat_answers_what_is_typed_in_another_modality(learnt: Model, tmp_path: Path) -> None:
+    out, notes = io.StringIO(), io.StringIO()
+    chat = Chat(learnt, Screen(out, notes, {}), out_dir=tmp_path, seed=0)
+    assert chat.to == ["image"]
+    assert chat.handle("dark")
+    assert (chat.n_errors, len([*tmp_path.iterdir()])) == (0, 1)
+    chat.handle("/to text")
+    chat.handle("dark")
+    assert chat.n_errors == 1
+    assert "leave out all but one text" in notes.getvalue()
 
 
 def test_samples_pass_over_prompts_that_hold_the_modality(learnt: Model, tmp_path: Path) -> None:
