@@ -189,9 +189,10 @@ class Session:
         """Return which codes of those rows the next step is about; None where rows hold one content."""
         span = self.span
         assert span is not None
-        return (
-            span.objective.asked(span.state) if isinstance(span.objective, CodedObjective) and span.codebooks else None
-        )
+        if span.codebooks is None:
+            return None
+        assert isinstance(span.objective, CodedObjective)
+        return span.objective.asked(span.state)
 
     def advance(self, logits: Sequence[Float[Tensor, "R W"]], vocabulary: Vocabulary) -> OpenSpan:
         """Take one step of the open span, given the model's outputs for each branch; close the span when it is done.
@@ -217,9 +218,8 @@ class Session:
     def _close(self, span: OpenSpan, vocabulary: Vocabulary) -> None:
         contents = span.state.token_ids
         end_id = vocabulary.end_of(span.modality)
-        if (
-            span.codebooks is None and end_id is not None
-        ):  # an objective that fills a span in place can put its end anywhere
+        # An objective that fills a span in place can put its end anywhere.
+        if span.codebooks is None and end_id is not None:
             ends = contents.eq(end_id).nonzero().flatten()
             contents = contents[: int(ends[0])] if len(ends) else contents
         tokens: Tokens | Latents

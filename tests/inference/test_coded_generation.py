@@ -229,7 +229,7 @@ def test_codes_are_drawn_from_the_product_of_their_conditionals(kind: str) -> No
     assert sum(expected.values()) == pytest.approx(1)
 
     found: Counter[tuple[tuple[int, int], ...]] = Counter()
-    n = 1000
+    n = 400
     for seed in range(n):
         session = speech_session([], SamplingSettings(max_new_tokens=codebooks.layout.n_steps(2)), seed=seed)
         session.open_span(None, vocabulary, objectives)
@@ -251,9 +251,13 @@ def test_codes_are_drawn_from_the_product_of_their_conditionals(kind: str) -> No
         assert isinstance(tokens, Tokens)
         found[tuple(map(tuple, tokens.codes.view(tokens.grid).tolist()))] += 1
     assert found.keys() <= expected.keys()
-    chi_square = sum((found[outcome] - n * p) ** 2 / (n * p) for outcome, p in expected.items())
-    assert chi_square < 45.3  # of 20 degrees of freedom, exceeded once in a thousand
-    assert len(expected) == 21
+    # Outcomes of which few are expected count together.
+    common = [outcome for outcome, p in expected.items() if n * p >= 5]
+    pairs = [(found[outcome], n * expected[outcome]) for outcome in common]
+    rare = (n - sum(seen for seen, _ in pairs), n - sum(wanted for _, wanted in pairs))
+    chi_square = sum((seen - wanted) ** 2 / wanted for seen, wanted in [*pairs, rare])
+    assert len(common) >= 8
+    assert chi_square < len(common) + 4 * (2 * len(common)) ** 0.5  # four standard deviations above its mean
 
 
 LENGTHS = (0, 1, 2, 3, 4, 5, 3, 2)
@@ -273,8 +277,8 @@ def test_words_are_said_and_understood_under_every_layout(kind: str) -> None:
     model = UnifiedModel(ModelConfig(decoder=decoder, objectives=objectives), vocabulary)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
     # Of a word only one level is learnt at a time: it is shown more often.
-    n_shown = 4 if kind == "parallel" else 1
-    for step in range(120 if kind == "parallel" else 70):
+    n_shown = 3 if kind == "parallel" else 1
+    for step in range(110 if kind == "parallel" else 70):
         documents = [[coded_part(words[place], Role.CONTEXT), text_part([place], Role.TARGET)] for place in range(1, 8)]
         documents += [
             [text_part([place], Role.CONTEXT), coded_part(words[place], Role.TARGET)] for place in range(8)
