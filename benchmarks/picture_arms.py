@@ -76,6 +76,8 @@ ARMS = {
     "flow 10": Arm("flow", 10, chosen_like="flow 25", tokenizer="latents"),
     "flow 25": Arm("flow", 25, _FLOW, tokenizer="latents"),
     "flow 50": Arm("flow", 50, chosen_like="flow 25", tokenizer="latents"),
+    # With the guidance that the causal one takes, which decides more than anything else how pictures are spread.
+    "flow 25, guidance 2": Arm("flow", 25, {"guidance_scale": (2.0,)}, 100, tokenizer="latents"),
     "causal flow 25": Arm("flow-causal", 25, _FLOW, 100, tokenizer="latents"),
     "gmm": Arm("gmm", None, _MIXTURES, 100, tokenizer="latents"),
     "masked_gmm 8": Arm("masked_gmm", 8, _MIXTURES, 100, tokenizer="latents"),
