@@ -1,11 +1,9 @@
 """The public face of generation: `load` a model folder, then `generate`, `generate_batch` or `stream`."""
 
-import itertools
 import json
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +13,18 @@ from torch import Tensor
 
 from omniform.errors import OmniformError
 from omniform.inference.editing import parse_edits
-from omniform.inference.engine import Engine, SpanStep
+from omniform.inference.engine import Engine
+from omniform.inference.event_stream import EventStream
 from omniform.inference.filling import parse_filling
-from omniform.inference.part_items import item_of, part_of
+from omniform.inference.part_items import item_of
 from omniform.inference.protocol import (
     ANY,
     ContentPart,
     Done,
     Event,
-    ImagePart,
-    PartDone,
     Reply,
     Request,
-    SpanProgress,
     Targets,
-    TextDelta,
     TextPart,
     check_each_once,
     parse_prompt,
@@ -44,7 +39,6 @@ from omniform.modeling.config import parse_config
 from omniform.modeling.folder import LoadedModel, load_model_folder
 from omniform.modeling.generation_config import GenerationConfig, SamplingSettings
 from omniform.modeling.sequence import Part, Role, document_length
-from omniform.tokenizers.base import Modality, Tokens
 
 SESSIONS_AT_ONCE = 128
 
@@ -208,82 +202,7 @@ class Model:
         requests = self._requests(prompts, to, seed, keywords)
         bounded = keywords.get("max_new_tokens") is not None
         sessions = [self._session(request, bounded=bounded) for request in requests]
-        return self._run_groups(requests, sessions, at_once, deltas)
-
-    def _run_groups(
-        self, requests: Sequence[Request], sessions: Sequence[Session], at_once: int, deltas: bool
-    ) -> Iterator[Event]:
-        for first in range(0, len(sessions), at_once):
-            group = slice(first, first + at_once)
-            yield from self._run(requests[group], sessions[group], first, deltas)
-
-    def _run(
-        self, requests: Sequence[Request], sessions: Sequence[Session], first: int, deltas: bool
-    ) -> Iterator[Event]:
-        """Run sessions together and turn their steps into events; `first` is the place of the first prompt."""
-        parts: list[list[ContentPart]] = [[] for _ in sessions]
-        told = [""] * len(sessions)
-        open_replies = set(range(len(sessions)))
-        for steps in itertools.chain(self.engine.run(sessions), [[]]):
-            for step in steps:
-                state, span = step.span.state, step.span
-                number = span.number - len(requests[step.session].through)
-                if number < 0:
-                    continue
-                if span.grid is not None:
-                    yield SpanProgress(span.modality, state.step, state.n_steps, number, first + step.session)
-                elif deltas and span.modality == "text" and not state.done:
-                    text = self._text_so_far(step)
-                    if len(text) > len(told[step.session]):
-                        yield TextDelta(text[len(told[step.session]) :], number, first + step.session)
-                        told[step.session] = text
-            finished = [step for step in steps if step.span.state.done]
-            for step, part in zip(finished, self._decode(finished, sessions), strict=True):
-                place, number = first + step.session, step.span.number - len(requests[step.session].through)
-                parts[step.session].append(part)
-                if number < 0:
-                    continue
-                if isinstance(part, TextPart):
-                    rest = part.text[len(told[step.session]) :]
-                    if rest:
-                        yield TextDelta(rest, number, place)
-                    told[step.session] = ""
-                edit = requests[step.session].edit
-                if edit is not None and isinstance(part, ImagePart):
-                    part = parts[step.session][-1] = ImagePart(edit.compose(part.image))
-                yield PartDone(part, number, place)
-            # A session that chooses to end does so between two steps.
-            for number in sorted(number for number in open_replies if sessions[number].done):
-                open_replies.remove(number)
-                found, n_through = tuple(parts[number]), len(requests[number].through)
-                n_near_ties = sessions[number].n_near_ties
-                reply = Reply(found[n_through:], requests[number].seed, n_near_ties, found[:n_through])
-                yield Done(reply, first + number)
-
-    def _text_so_far(self, step: SpanStep) -> str:
-        """Return the text of an open span, less a last character whose bytes may not all be there yet."""
-        state = step.span.state
-        codes = state.token_ids if step.span.objective.commits else state.token_ids[: state.n_final]
-        return self.tokenizers["text"].decode(Tokens(codes, (len(codes),))).rstrip("\N{REPLACEMENT CHARACTER}")
-
-    def _decode(self, finished: Sequence[SpanStep], sessions: Sequence[Session]) -> list[ContentPart]:
-        """Decode the spans that closed in one step, which are of one modality.
-
-        Each by itself: decoded in a batch, the same codes can give pixels that rounding has turned.
-        """
-        if not finished:
-            return []
-        modality = finished[0].span.modality
-        tokenizer: Modality[Any] = self.tokenizers[modality]
-        tokens = [sessions[step.session].generated[step.span.number] for step in finished]
-        with torch.inference_mode():
-            items = [tokenizer.decode(one) for one in tokens]
-        parts = [part_of(item, modality, tokenizer) for item in items]
-        ended = [bool((step.span.state.token_ids == self.network.vocabulary.end).any()) for step in finished]
-        return [
-            replace(part, finish_reason="end" if end else "length") if isinstance(part, TextPart) else part
-            for part, end in zip(parts, ended, strict=True)
-        ]
+        return EventStream(self.engine, self.tokenizers).run(requests, sessions, at_once, deltas=deltas)
 
     def _requests(
         self,
