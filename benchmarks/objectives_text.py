@@ -55,7 +55,7 @@ ARMS = {
     "masked": Arm(True, ("model.objectives.text",)),
     "masked_4": Arm(True, ("model.objectives.text",)),
     "with_pictures": Arm(
-        False, ("data.sources", "data.row_length", "rows_per_step", "engine.micro_batch_rows", "steps")
+        False, ("data.sources", "data.row_length", "rows_per_step", "engine.micro_batch_rows", "steps"), (0, 1)
     ),
 }
 
