@@ -169,6 +169,9 @@ class TrainingData:
             content.append({name: TypeAdapter(type(d)).dump_python(d, mode="json") for name, d in denoisers.items()})
         if prefix:
             content.append("prefix")
+        # How rows take several codes decides how many there are.
+        if layouts := {m: o.layout for m, o in objectives.items() if vocabulary.n_codebooks(m) > 1}:
+            content.append(layouts)
         if subsets:
             content.append({name: TypeAdapter(AnySubset).dump_python(s, mode="json") for name, s in subsets.items()})
         self.digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -72,6 +72,9 @@ class Model:
         self.max_sequence_length = config.max_sequence_length
         self.defaults = {name: config.modalities.get(name, SamplingSettings()) for name in self.modalities}
         self.through = config.through
+        self._fewest = {
+            name: 1 if (codebooks := self._codebooks(name)) is None else codebooks.fewest for name in self.modalities
+        }
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -294,7 +297,8 @@ class Model:
         subsets = bool(self.network.config.subsets)
         # Where there are subsets, a span that is filled in place has two markers while it is open.
         n_context = max(self._n_rows(context), self._n_rows(dropped or [])) + int(subsets)
-        settings, through = fit(request, n_context, self.max_sequence_length, self.engine.fixed_grids, bounded=bounded)
+        grids, longest = self.engine.fixed_grids, self.max_sequence_length
+        settings, through = fit(request, n_context, longest, grids, self._fewest, bounded=bounded)
         plan = Plan(
             request.to.names,
             settings,
@@ -310,6 +314,9 @@ class Model:
         )
         return Session(context, dropped, plan)
 
+    def _codebooks(self, modality: str) -> Codebooks | None:
+        return Codebooks.of(modality, self.network.vocabulary, self.network.config.objectives[modality].layout)
+
     def _n_rows(self, parts: Sequence[Part]) -> int:
         described = [(part.modality, len(part.tokens), part.role) for part in parts]
         return document_length(described, self.network.vocabulary, self.network.config.objectives)
@@ -317,8 +324,7 @@ class Model:
     def _encode(self, parts: Sequence[ContentPart]) -> list[Part]:
         """Tokenise parts, unless they are known before to be too long: hours of sound take minutes to encode."""
         tokenizers, room = [self.tokenizers[part.modality] for part in parts], self.max_sequence_length
-        vocabulary, objectives = self.network.vocabulary, self.network.config.objectives
-        coded = [Codebooks.of(part.modality, vocabulary, objectives[part.modality].layout) for part in parts]
+        coded = [self._codebooks(part.modality) for part in parts]
         most = [room if codebooks is None else codebooks.n_codes(room) for codebooks in coded]
         items = [item_of(part, tokenizer, n) for part, tokenizer, n in zip(parts, tokenizers, most, strict=True)]
         counts = [tokenizer.n_tokens(item) or 0 for item, tokenizer in zip(items, tokenizers, strict=True)]

@@ -24,18 +24,18 @@ def item_of(part: ContentPart, tokenizer: Modality[Any], max_tokens: int | None 
         TokenizerError: a picture, sound or video that the tokenizer cannot take, or a sound that is too long.
     """
     if max_tokens is not None and isinstance(part, SpeechPart) and isinstance(tokenizer, SpeechTokenizer):
-        _check_length(part.audio, tokenizer.seconds(max_tokens), max_tokens)
+        _check_length(part.audio, tokenizer.seconds(max_tokens))
     for held, method in _FROM.items():
         if isinstance(part.data, held) and hasattr(tokenizer, method):
             return getattr(tokenizer, method)(part.data)
     return part.data
 
 
-def _check_length(audio: Audio, max_seconds: float, max_tokens: int) -> None:
+def _check_length(audio: Audio, max_seconds: float) -> None:
     if audio.rate > 0 and audio.seconds > max_seconds:  # the tokenizer refuses other rates
         raise TokenizerError(
             f"a sound of {audio.seconds:.2f} seconds, expected at most {max_seconds:.2f}, which take all of this "
-            f"model's {max_tokens} tokens: cut it first"
+            "model's tokens: cut it first"
         )
 
 

@@ -16,6 +16,7 @@ def fit(
     n_context: int,
     max_length: int,
     fixed_grids: Mapping[str, tuple[int, ...] | None],
+    fewest: Mapping[str, int],
     *,
     bounded: bool,
 ) -> tuple[Settings, Settings]:
@@ -25,6 +26,7 @@ def fit(
         n_context: rows of the prompt.
         max_length: most rows of prompt and reply.
         fixed_grids: by modality, the grid of a part; None where it is of free length.
+        fewest: by modality, the tokens of the shortest part of free length that holds anything.
         bounded: the caller chose `max_new_tokens`, which then is not lowered.
 
     Returns:
@@ -32,7 +34,7 @@ def fit(
         or half of it where a part of the reply is of free length too.
 
     Raises:
-        OmniformError: the reply does not fit.
+        OmniformError: the reply does not fit, or `max_new_tokens` of one of its parts holds nothing.
     """
     # Where the model chooses, one part must fit; the session bounds the others by the room that is left.
     shortest = min(fixed_grids, key=lambda name: math.prod(fixed_grids[name] or (2,)))
@@ -40,19 +42,27 @@ def fit(
     fixed = sum(_n_rows(math.prod(grid), free=False) for name in names if (grid := fixed_grids[name]) is not None)
     free = [name for name in names if fixed_grids[name] is None]
     room = max_length - n_context - fixed
+    for name in {*request.through, *names}:
+        most = (request.through if name in request.through else request.settings)[name].max_new_tokens
+        if fixed_grids[name] is None and most < fewest[name]:
+            raise OmniformError(
+                f"max_new_tokens is {most}, but {name} takes {fewest[name]} for one frame of its codes: give at least "
+                "as many"
+            )
     through, n_before = dict(request.through), 0
     for name, chosen in through.items():
         n_tokens = math.prod(fixed_grids[name] or ())
         if fixed_grids[name] is None:
             share = room // (2 if free else 1) - _n_rows(0, free=True)
-            n_tokens = max(1, min(chosen.max_new_tokens, share))
+            n_tokens = max(fewest[name], min(chosen.max_new_tokens, share))
             through[name] = replace(chosen, max_new_tokens=n_tokens)
         n_before += _n_rows(n_tokens, free=fixed_grids[name] is None)
     room -= n_before
     per_span = room // len(free) - _n_rows(0, free=True) if free else 0
     wanted = max((request.settings[name].max_new_tokens for name in free), default=0)
-    if room < 0 or (free and (per_span < 1 or (bounded and per_span < wanted))):
-        n_reply = n_before + fixed + len(free) * _n_rows(wanted if bounded else 1, free=True)
+    least = max((fewest[name] for name in free), default=0)
+    if room < 0 or (free and (per_span < least or (bounded and per_span < wanted))):
+        n_reply = n_before + fixed + len(free) * _n_rows(wanted if bounded else least, free=True)
         long = "reply" if n_reply > max_length else "prompt"
         advice = "ask for fewer parts" if long == "reply" else "shorten the prompt"
         if bounded and free:

@@ -135,11 +135,11 @@ class Session:
         settings = (plan.through if len(self.generated) < len(plan.through) else plan.settings)[modality]
         usual = SamplingSettings()
         settings = dataclasses.replace(settings, **{name: getattr(usual, name) for name in objective.ignores})
-        if grid is None:  # a begin marker and an end take their rows
-            settings = dataclasses.replace(
-                settings, max_new_tokens=max(1, min(settings.max_new_tokens, self._room(vocabulary, objectives) - 2))
-            )
         codebooks = Codebooks.of(modality, vocabulary, objective.layout)
+        if grid is None:  # a begin marker and an end take their rows
+            taken = 1 + (1 if codebooks is None else codebooks.n_end_rows)
+            room = self._room(vocabulary, objectives) - taken
+            settings = dataclasses.replace(settings, max_new_tokens=max(1, min(settings.max_new_tokens, room)))
         shape = (settings.max_new_tokens,) if grid is None else grid
         if codebooks is not None:
             shape = (codebooks.layout.n_frames(settings.max_new_tokens), codebooks.layout.n_codebooks)

@@ -76,6 +76,16 @@ class Codebooks:
         assert end_id is not None, "the model refuses spans of one length"
         return cls(modality, vocabulary, CodebookLayout.of(layout, n_codebooks), end_id)
 
+    @property
+    def fewest(self) -> int:
+        """Rows of one frame, without the end: fewer hold nothing."""
+        return self.layout.n_steps(1)
+
+    @property
+    def n_end_rows(self) -> int:
+        """Rows that the end takes beyond those of the frames, however many these are."""
+        return self.n_rows(self.layout.n_codebooks) - self.fewest
+
     def n_rows(self, n_codes: int) -> int:
         """Return the rows of a span of so many codes, its end included."""
         n_frames = n_codes // self.layout.n_codebooks

@@ -236,6 +236,15 @@ class ModelConfig:
         return self
 
     @model_validator(mode="after")
+    def _check_given(self) -> "ModelConfig":
+        if self.given == "bidirectional" and self.next_span_weight:
+            raise ValueError(
+                f"next_span_weight is {self.next_span_weight} with given: bidirectional, but what follows a part is "
+                "learnt from interleaved documents, which give nothing: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_subsets(self) -> "ModelConfig":
         if not self.subsets:
             return self

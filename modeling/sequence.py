@@ -61,7 +61,7 @@ class Span:
 
     Attributes:
         noised: the rows are a corrupted target that a clean copy follows.
-        hidden: nothing of a target is shown, whatever its objective would show.
+        hidden: nothing of a target is shown; of objectives that count what they hide.
     """
 
     modality: str

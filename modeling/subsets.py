@@ -33,7 +33,7 @@ from omniform.tokenizers.base import Tokens
 from omniform.tokenizers.vocabulary import Vocabulary
 
 Concentration = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**31)]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -78,6 +78,11 @@ class AnySubset:
     def learns(self, modalities: Iterable[str]) -> bool:
         """Return whether one of the modalities can be learnt."""
         return any(_concentration(self.target_alpha, name) for name in modalities)
+
+    def leaves_conditions_out(self, modality: str) -> bool:
+        """Return whether a draw may learn of a modality without giving anything of the others."""
+        given = _range(self.input_budget)[0] == 0 or _concentration(self.input_alpha, modality) > 0
+        return given and _concentration(self.target_alpha, modality) > 0
 
     def counts(self, sizes: Mapping[str, int], key: int) -> dict[str, tuple[int, int]]:
         """Return how many tokens of each modality are given and learnt.
@@ -179,11 +184,13 @@ def lay_out(
     asked = [(item, item.asked, Role.TARGET) for item in items if len(item.asked)]
     for number, (item, places, role) in enumerate([*given, *asked]):
         objective, learnt, n_rows = objectives[item.modality], role is Role.TARGET, 1 + len(places)
-        marker = int(places[0]) if learnt and not objective.bidirectional else 0
+        # What follows a prefix begins where its last token stands.
+        before = int(places[0]) - 1 if learnt and not objective.bidirectional else -1
         token_ids.append(np.append(vocabulary.begin(item.modality), item.token_ids[places]))
-        span_positions.append(np.append(marker, 1 + places))
-        coordinates = grid_positions(item.grid, len(item.token_ids), 1)[places]
-        position_ids.append(np.concatenate([np.full((1, 3), marker), coordinates]))
+        span_positions.append(np.append(1 + before, 1 + places))
+        coordinates = grid_positions(item.grid, len(item.token_ids), 1)
+        marker = coordinates[before : before + 1] if before >= 0 else np.zeros((1, 3), dtype=np.int64)
+        position_ids.append(np.concatenate([marker, coordinates[places]]))
         # Rows, number, modality, bidirectional and private of a block; what is given is all of block 0.
         block = number - len(given) + 1 if learnt else 0
         flags = (objective.bidirectional or not learnt, learnt)

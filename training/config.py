@@ -308,16 +308,21 @@ class TrainConfig(FitConfig):
 
     @model_validator(mode="after")
     def _check_guidance(self) -> "TrainConfig":
-        # What an interleaved document begins with has no condition, and budgets of subsets leave conditions out.
-        tasks = self._tasks_drawn
-        if self.data.condition_dropout or INTERLEAVED in tasks or any(map(subset_of, tasks)):
-            return self
+        tasks, subsets = self._tasks_drawn, self.model.subsets
         for modality, settings in self.generation.items():
-            if settings.guidance_scale != 1:
+            if subsets:
+                drawn = [subset for task in tasks if (subset := subset_of(task)) and modality in subset[0]]
+                learnt = any(subsets[name].leaves_conditions_out(modality) for _, name in drawn if name in subsets)
+                why = "no budget of model.subsets leaves all else out: let the input_budget of one begin at 0"
+            else:
+                # What an interleaved document begins with has no condition.
+                learnt = self.data.condition_dropout > 0 or INTERLEAVED in tasks
+                why = "data.condition_dropout is 0: raise it, such as data.condition_dropout=0.1"
+            if settings.guidance_scale != 1 and not learnt:
                 raise ValueError(
                     f"generation.{modality}.guidance_scale is {settings.guidance_scale}, which leads away from what is "
-                    "generated without a condition, but data.condition_dropout is 0, so that nothing is learnt without "
-                    "one: raise it, such as data.condition_dropout=0.1, or leave guidance_scale out"
+                    f"generated without a condition, but nothing is learnt without one, since {why}, or leave "
+                    "guidance_scale out"
                 )
         return self
 
@@ -336,36 +341,24 @@ class TrainConfig(FitConfig):
 
     @model_validator(mode="after")
     def _check_tasks(self) -> "TrainConfig":
-        prefix = self.model.given == "bidirectional"
-        for data in (self.data, *(self.data.changed(stage.mixture) for stage in self.stages)):
-            for source in data.sources:
+        stages = {f"stages.{place}.mixture: ": stage.mixture for place, stage in enumerate(self.stages)}
+        for where, mixture in {"": {}, **stages}.items():
+            for number, source in enumerate(self.data.changed(mixture).sources):
                 for task in source.tasks:
-                    cut = denoised(task)
-                    if cut and cut[1] not in self.model.denoisers:
-                        there = ", ".join(self.model.denoisers) or "none"
-                        raise ValueError(
-                            f"the task {task} of {source.label} needs model.denoisers.{cut[1]}; there is {there}: name "
-                            "one, or add it"
-                        )
-                    if prefix and task == INTERLEAVED:
-                        raise ValueError(
-                            f"model.given is bidirectional, but the task {INTERLEAVED} of {source.label} learns every "
-                            "part, so that none may see what follows it: leave given out, or the task"
-                        )
-        return self
-
-    @model_validator(mode="after")
-    def _check_subsets(self) -> "TrainConfig":
-        changed = {f"stages.{place}.mixture: ": stage.mixture for place, stage in enumerate(self.stages)}
-        for where, data in {
-            "": self.data,
-            **{at: self.data.changed(mixture) for at, mixture in changed.items()},
-        }.items():
-            for number, source in enumerate(data.sources):
-                for task in source.tasks:
-                    if problem := subset_problem(task, self.model.subsets):
+                    if problem := self._task_problem(task):
                         raise ValueError(f"{where}data.sources.{number} ({source.label}): the task {task} {problem}")
         return self
+
+    def _task_problem(self, task: str) -> str | None:
+        cut, denoisers = denoised(task), self.model.denoisers
+        if cut and cut[1] not in denoisers:
+            return f"needs model.denoisers.{cut[1]}; there is {', '.join(denoisers) or 'none'}: name one, or add it"
+        if self.model.given == "bidirectional" and task == INTERLEAVED:
+            return (
+                "learns every part, so that none may see what follows it, but model.given is bidirectional: leave "
+                "given out, or the task"
+            )
+        return subset_problem(task, self.model.subsets)
 
     @property
     def data_stages(self) -> tuple[DataStage, ...]:

@@ -41,7 +41,7 @@ class NextToken(CodedObjective):
             after the other, frame after frame; "delayed" one of each codebook in a row, each a row later than the last.
         input_dropout: probability with which training hides a content, by the mask id, from the predictions after it:
             a span then leans on what comes before it more than on itself (word dropout, arXiv:1511.06349; deviation:
-            the last content, which ends the span, is never hidden). Parts after the span read it with its gaps, which
+            what ends the span is never hidden). Parts after the span read it with its gaps, which
             nothing generated has: it is meant for spans that come last.
     """
 
@@ -68,7 +68,12 @@ class NextToken(CodedObjective):
             drawn = keyed_uniform(
                 stream("next_token.input"), targets.noise_keys[spans], targets.span_numbers[spans], targets.positions
             )
-            hidden = (drawn < self.input_dropout) & (targets.positions < targets.lengths[spans] - 1)
+            last = targets.lengths - 1
+            if targets.codebooks is not None:  # codes of later codebooks may follow the end, which is of the first
+                last = np.zeros_like(targets.lengths)
+                first = targets.codebooks == 0
+                np.maximum.at(last, spans[first], targets.positions[first])
+            hidden = (drawn < self.input_dropout) & (targets.positions != last[spans])
             token_ids = np.where(hidden, mask_id, token_ids)
         return Corrupted(token_ids, np.ones(len(token_ids), dtype=np.float32))
 

@@ -76,7 +76,9 @@ def test_the_digest_knows_how_what_is_given_is_read(make: Callable[..., Training
 
 def test_documents_that_learn_every_part_have_no_prefix() -> None:
     assert parse_config(TrainConfig, RECIPE).model.given == "bidirectional"
-    with pytest.raises(ConfigError, match=r"model\.given is bidirectional, but the task interleaved of train learns"):
+    with pytest.raises(ConfigError, match=r"sources\.0 \(train\): the task interleaved learns every part, .*given is"):
         parse_config(TrainConfig, RECIPE.replace("image->text", "interleaved"))
+    with pytest.raises(ConfigError, match=r"next_span_weight is 0\.1 with given: bidirectional"):
+        parse_config(TrainConfig, RECIPE, ["model.next_span_weight=0.1"])
     with pytest.raises(ConfigError, match=r"model\.given: Input should be 'causal' or 'bidirectional'"):
         parse_config(TrainConfig, RECIPE, ["model.given=both"])

@@ -56,6 +56,20 @@ def drain(model: UnifiedModel, sessions: Sequence[Session]) -> list[list[list[in
     return [[tokens.codes.tolist() for tokens in session.generated] for session in sessions]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_least_room_holds_a_frame(kind: str) -> None:
+    """In as many rows as the shortest span that holds anything takes there is a frame, unless it ends at once."""
+    model = model_of(kind)
+    codebooks = codebooks_of(coded_objectives()[kind], model.vocabulary)
+    lengths = set()
+    for seed in range(8):
+        session = speech_session([text_part([1, 2], Role.CONTEXT)], SamplingSettings(), seed=seed)
+        session.plan = replace(session.plan, max_rows=1 + 2 + 1 + 1 + codebooks.n_rows(Q))
+        [[codes]] = drain(model, [session])
+        lengths.add(len(codes))
+    assert Q in lengths <= {0, Q}
+
+
 @settings(max_examples=50)
 @given(
     st.sampled_from(KINDS),

@@ -72,6 +72,25 @@ def test_a_span_holds_what_its_layout_says_and_gives_it_back(
         assert codebooks.n_rows(frames.numel()) == len(held)
 
 
+@given(LAYOUTS, st.integers(1, 9), st.integers(2, 5))
+def test_frames_and_their_end_take_as_many_rows_as_is_said(kind: str, n_frames: int, n_codebooks: int) -> None:
+    codebooks = codebooks_of(coded_objectives()[kind], coded_vocabulary(n_codebooks, 3))
+    assert codebooks.n_rows(n_frames * n_codebooks) == codebooks.layout.n_steps(n_frames) + codebooks.n_end_rows
+    assert codebooks.n_codes(codebooks.fewest) == n_codebooks
+    assert codebooks.n_codes(codebooks.fewest - 1) == 0
+
+
+@given(st.sampled_from(["flattened", "delayed"]), st.integers(0, 6), st.integers(2, 5), st.integers(0, 2**63))
+def test_dropout_never_hides_the_end(kind: str, n_frames: int, n_codebooks: int, key: int) -> None:
+    vocabulary = coded_vocabulary(n_codebooks, 3)
+    objective = replace(coded_objectives()[kind], input_dropout=0.9)
+    parts = [coded_part(frames_of(n_frames, n_codebooks, 3, 0), Role.TARGET)]
+    sequence = MultimodalSequence.build(parts, vocabulary, {"speech": objective}, key)
+    batch = pack([[sequence]], len(sequence), vocabulary)
+    found = corrupt(batch, vocabulary, {"speech": objective, "text": NextToken()})
+    assert int((found.coded["speech"].ids == vocabulary.end_of("speech")).sum()) == 1
+
+
 @given(LAYOUTS, st.integers(1, 40), st.integers(2, 5))
 def test_so_many_rows_hold_no_more_frames_than_they_say(kind: str, n_rows: int, n_codebooks: int) -> None:
     vocabulary = coded_vocabulary(n_codebooks, 3)

@@ -187,6 +187,15 @@ def test_a_document_is_laid_out_as_documented() -> None:
     assert sequence.bidirectional.tolist() == [True] * 8 + [False] * 3
 
 
+def test_a_marker_after_a_prefix_stands_where_the_prefix_ends_on_any_grid() -> None:
+    causal: dict[str, Objective] = {**OBJECTIVES, "image": NextToken()}
+    image = Contents.whole("image", Tokens(torch.arange(4), (2, 2)), VOCABULARY)
+    image = dataclasses.replace(image, given=np.arange(3), asked=np.array([3]))
+    sequence = lay_out([image], VOCABULARY, causal)
+    assert sequence.position_ids.tolist() == [[0, 0, 0], [1, 1, 1], [1, 1, 2], [1, 2, 1], [1, 2, 1], [1, 2, 2]]
+    assert sequence.span_positions.tolist() == [0, 1, 2, 3, 3, 4]
+
+
 @given(SUBSETS, items_of(), KEYS)
 def test_rows_see_what_is_given_and_their_own_block(subset: AnySubset, items: dict[str, Tokens], key: int) -> None:
     if not subset.learns(items):

@@ -31,6 +31,7 @@ BUILT = [
     "beit",
     "chameleon",
     "cogvideo",
+    "digits-speech-codebooks",
     "emu3",
     "maskgit",
     "mmada",
@@ -69,6 +70,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("scenes", "digits-scenes-tokenizer", (f"data={data}/train-find", *short[1:])),
         ("video", "demo/tokenizers/video", (f"data={data}/train-video", *short[1:])),
         ("speech", "demo/tokenizers/speech", (f"data={data}/train-speech", "more_data=[]", *short[1:])),
+        ("speech-residual", "speech-residual", (f"data={data}/train-speech", *short[1:])),
     ):
         config = ROOT / "configs" / "tokenizers" / f"digits-{name}.yaml"
         train_tokenizer(config, overrides, place / "runs" / folder)
@@ -83,8 +85,12 @@ def test_a_recipe_trains_is_stored_and_draws(recipe: str, workplace: Path, monke
     done = CliRunner().invoke(app, ["train", recipe, *steps, *TINY], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     model = omniform.load(workplace / "runs" / recipe / "model")
+    subsets = bool(config.model.subsets)
     asked = {modalities_of(task) for source in config.data.sources for task in source.tasks}
     for given, wanted in sorted(asked):
+        for one in wanted if subsets else ():
+            others = [ITEMS[modality] for modality in wanted if modality != one]
+            assert [part.modality for part in model.generate(others, to=one, seed=0).parts] == [one]
         if given:
             reply = model.generate([ITEMS[modality] for modality in given], to=wanted, seed=0)
             assert [part.modality for part in reply.parts] == [*wanted]

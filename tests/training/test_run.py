@@ -283,7 +283,7 @@ def test_dry_run_writes_nothing_and_counts_what_is_built(
             "through={image: {image: text}}",
             r"through\.image\.image is text, but no source that is drawn has the task image->text\+image",
         ),
-        ("data.sources.0.tasks={text~z: 1}", r"the task text~z of train needs model\.denoisers\.z; there is none"),
+        ("data.sources.0.tasks={text~z: 1}", r"\(train\): the task text~z needs model\.denoisers\.z; there is none"),
         ("data.sources.1.weight=0", r"data\.sources\.1: train-text has the weight 0 in the whole run"),
     ],
 )

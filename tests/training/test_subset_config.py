@@ -42,3 +42,36 @@ data: {{sources: [{{path: x, tasks: {{{task}: 1}}}}]}}
 """
     with pytest.raises(ConfigError, match=message):
         parse_config(TrainConfig, text)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "refused"),
+    [
+        ("input_budget: 8, input_alpha: {text: 1.0}", True),
+        ("input_budget: [0, 8], input_alpha: {text: 1.0}", False),
+        ("input_budget: 8, input_alpha: 0.1", False),
+        ("input_budget: [0, 8], target_alpha: {text: 1.0}", True),
+    ],
+)
+def test_guidance_needs_a_budget_that_leaves_conditions_out(budgets: str, refused: bool) -> None:
+    text = f"""
+name: x
+steps: 2
+tokenizers: {{}}
+model:
+  objectives: {{text: next_token, image: masked}}
+  subsets: {{a: {{target_budget: 8, {budgets}}}}}
+data: {{sources: [{{path: x, tasks: {{text+image~a: 1}}}}]}}
+generation: {{image: {{guidance_scale: 2.0}}}}
+"""
+    if refused:
+        with pytest.raises(ConfigError, match=r"generation\.image\.guidance_scale is 2\.0, .* let the input_budget"):
+            parse_config(TrainConfig, text)
+    else:
+        assert parse_config(TrainConfig, text).model.subsets
+    with pytest.raises(ConfigError, match=r"model\.subsets\.a\.input_budget.*: Input should be less than"):
+        parse_config(
+            TrainConfig,
+            text.replace("8, input", "99999999999999999999, input"),
+            [f"model.subsets.a.input_budget={10**20}"],
+        )
