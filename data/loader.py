@@ -282,7 +282,10 @@ class TrainingData:
         for number, task in enumerate(tasks):
             longest = int(table[number].max(axis=0).argmax())
             if not table[number].any():
-                raise DataError(f"{path} holds no sample for the task {task}: remove it from data.sources.tasks")
+                raise DataError(
+                    f"{path} holds no sample for the task {task}: remove it from data.sources.tasks, or join a folder "
+                    "that has what the samples lack (data.sources.join)"
+                )
             if table[number, 0, longest] > self.config.row_length:
                 raise DataError(
                     f"{source.describe(longest)} takes {table[number, 0, longest]} tokens in the task {task}, "

@@ -312,7 +312,7 @@ def check_each_once(prompt: Sequence[ContentPart], dropped: Sequence[ContentPart
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise OmniformError(
                 f"prompt and reply hold {', '.join(names)}, but this model learnt subsets of a document that has each "
-                f"modality once (model.subsets): leave out all but one {' and one '.join(twice)}"
+                f"modality once (model.subsets): leave out all but one {' and one '.join(twice)}, or change to"
             )
 
 

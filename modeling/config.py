@@ -6,8 +6,9 @@ path. `parse_config` serves every configuration of the project, whatever the roo
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 import yaml
 from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError, model_validator
@@ -259,7 +260,7 @@ class ModelConfig:
                 )
         if self.given != "causal":
             raise ValueError("given is bidirectional with subsets, which read what is given so anyway: leave given out")
-        for key, rest in (("denoisers", "cut a text by itself"), ("next_span_weight", "are about an order of parts")):
+        for key, rest in (("denoisers", "cut a text by itself"), ("next_span_weight", "is about an order of parts")):
             if getattr(self, key):
                 raise ValueError(
                     f"{key} is given with subsets, beside which nothing else is learnt: leave one of them out; "
@@ -358,7 +359,8 @@ def _override(content: dict[str, Any], override: str) -> None:
 def _describe(error: ValidationError, cls: type) -> list[str]:
     lines = []
     for entry in error.errors(include_url=False):
-        path = ".".join(str(key) for key in entry["loc"])
+        # Of an annotation with alternatives the place also says which of them was tried, in pydantic's words.
+        path = ".".join(str(key) for key in entry["loc"] if not re.search(r"constrained-|\[", str(key)))
         message = entry["msg"].removeprefix("Value error, ")
         if entry["type"] == "unexpected_keyword_argument":
             known = _fields_at(cls, entry["loc"][:-1])
@@ -378,14 +380,17 @@ def _describe(error: ValidationError, cls: type) -> list[str]:
 
 def _fields_at(cls: Any, path: Sequence[int | str]) -> list[str]:
     """Return the field names of the dataclass at `path` below `cls`, as far as plain annotations tell."""
+    in_mapping = False
     for key in path:
-        if isinstance(key, int):  # a place in a list, whose entries `cls` is
+        if in_mapping or isinstance(key, int):  # a name, or a place in a list, whose entries `cls` is
+            in_mapping = False
             continue
         found = (
             {f.name: f.type for f in dataclasses.fields(cls)}.get(str(key)) if dataclasses.is_dataclass(cls) else None
         )
         if found is None:
             return []
+        in_mapping = get_origin(found) is dict
         if not dataclasses.is_dataclass(found):
             # Optional and container fields: the one dataclass named in the annotation, if any.
             arguments = getattr(found, "__args__", ())

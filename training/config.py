@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from omniform.data.mixture import INTERLEAVED, DataConfig, DataStage, SourceChange, denoised, subset_of, subset_problem
+from omniform.data.mixture import (
+    INTERLEAVED,
+    DataConfig,
+    DataStage,
+    SourceChange,
+    denoised,
+    modalities_of,
+    subset_of,
+    subset_problem,
+)
 from omniform.errors import OmniformError
 from omniform.modeling.config import STRICT, ModelConfig
 from omniform.modeling.generation_config import SamplingSettings, Ways
@@ -349,8 +358,26 @@ class TrainConfig(FitConfig):
                         raise ValueError(f"{where}data.sources.{number} ({source.label}): the task {task} {problem}")
         return self
 
+    @model_validator(mode="after")
+    def _check_stage_losses(self) -> "TrainConfig":
+        for place, stage in enumerate(self.stages):
+            sources = [source for source in self.data.changed(stage.mixture).sources if source.weight]
+            tasks = {task for source in sources for task in source.tasks}
+            learnt = {name for task in tasks for name in modalities_of(task)[1]}
+            # Interleaved documents learn what they hold, whatever that is.
+            if INTERLEAVED not in tasks and all(stage.loss_weights.get(name) == 0 for name in learnt):
+                raise ValueError(
+                    f"stages.{place}.loss_weights: every loss of {', '.join(sorted(tasks))} has the weight 0, so that "
+                    "nothing is learnt: raise one"
+                )
+        return self
+
     def _task_problem(self, task: str) -> str | None:
         cut, denoisers = denoised(task), self.model.denoisers
+        if unknown := sorted({*itertools.chain(*modalities_of(task))} - set(self.model.objectives)):
+            return f"is about {', '.join(unknown)}, but model.objectives is for {', '.join(self.model.objectives)}"
+        if cut and cut[1] in self.model.subsets:
+            return f"is about {cut[0]} alone: a task of model.subsets.{cut[1]} is about two or more, such as a+b~c"
         if cut and cut[1] not in denoisers:
             return f"needs model.denoisers.{cut[1]}; there is {', '.join(denoisers) or 'none'}: name one, or add it"
         if self.model.given == "bidirectional" and task == INTERLEAVED:

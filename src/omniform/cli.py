@@ -282,7 +282,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="A file of benchmarks/ without .py, such as attention; another name lists them."
+            metavar="NAME",
+            help="A file of benchmarks/ without .py, such as attention or objectives; any other name lists them.",
         ),
     ],
     as_json: Json = False,
@@ -292,7 +293,7 @@ def bench(
     The workloads are in benchmarks/ of a source checkout.
     """
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
-    known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "paired")
+    known = sorted(path.stem for path in folder.glob("*.py") if "\ndef run(" in path.read_text(encoding="utf-8"))
     if name not in known:
         where = f"expected one of {', '.join(known)}" if known else "benchmarks/ is only in a source checkout"
         raise OmniformError(f"no benchmark {name!r}: {where}")

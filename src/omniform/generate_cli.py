@@ -75,7 +75,7 @@ def generate(
 
     omniform generate runs/demo/model "a one" --image seven.png --strength 0.7 --out one.png
 
-    omniform generate runs/ul2/model "the digit" --suffix "comes first"
+    omniform generate runs/ul2/model "the digit" --suffix " comes first"
     """
     from omniform.inference.command import generate_files
 

@@ -276,7 +276,11 @@ def test_dry_run_writes_nothing_and_counts_what_is_built(
             "stages=[{name: a, mixture: {train: {weight: 0}, train-text: {weight: 0}}}]",
             r"stages\.0\.mixture: every source has the weight 0",
         ),
-        ("stages=[{name: a, loss_weights: {text: 0, image: 0}}]", r"stages\.0\.loss_weights: every loss has .* 0"),
+        ("stages=[{name: a, loss_weights: {text: 0, image: 0}}]", r"stages\.0\.loss_weights: every loss of .* 0"),
+        (
+            "stages=[{name: a, steps: 1, loss_weights: {text: 0}, mixture: {train: {weight: 0}}}, {name: b}]",
+            r"stages\.0\.loss_weights: every loss of text->text has the weight 0",
+        ),
         ("stages=[{name: a, loss_weights: {imgae: 1}}]", r"stages\.0\.loss_weights\.imgae: no such .*are text, image"),
         ("through={text: {image: image}}", r"through: .*text\.image is image, expected a modality other than these"),
         (

@@ -27,6 +27,30 @@ from omniform.training.config import TrainConfig
             "stages: [{name: s, mixture: {x: {tasks: {text+image~b: 1}}}}]",
             r"stages\.0\.mixture: data\.sources\.0 \(x\): the task text\+image~b needs model\.subsets\.b; there is a",
         ),
+        (
+            "subsets: {a: {input_budget: 1, target_budget: 1}}",
+            "text+video~a",
+            "",
+            r"the task text\+video~a is about video, but model\.objectives is for text, image",
+        ),
+        (
+            "subsets: {a: {input_budget: 1, target_budget: 1}}",
+            "text~a",
+            "",
+            r"the task text~a is about text alone: a task of model\.subsets\.a is about two or more",
+        ),
+        (
+            "subsets: {a: {input_budget: 1, target_budget: 1, input_alpa: 1}}",
+            "text+image~a",
+            "",
+            r"model\.subsets\.a\.input_alpa: unknown key; did you mean input_alpha",
+        ),
+        (
+            "subsets: {a: {input_budget: -1, target_budget: 1}}",
+            "text+image~a",
+            "",
+            r"model\.subsets\.a\.input_budget: Input should be greater than or equal to 0",
+        ),
     ],
 )
 def test_a_run_is_refused_by_the_path_of_its_task(model: str, task: str, stages: str, message: str) -> None:
