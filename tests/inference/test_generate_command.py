@@ -150,11 +150,15 @@ def test_only_names_that_several_parts_would_have_get_numbers(four: Model, tmp_p
 
 
 def test_speech_without_a_sample_has_no_file(four: Model, tmp_path: Path) -> None:
-    # A frame takes two codes, of which one is left room for.
-    outputs = generate_files(four, ["seven"], ["speech", "image"], tmp_path / "a", seed=7, max_new_tokens=1)
+    # One that the model ends at once.
+    replies = four.generate_batch(["seven"] * 99, "speech", seed=[*range(99)], max_new_tokens=2)
+    seed = next(reply.seed for reply in replies if not len(reply.speech[0].samples))
+    outputs = generate_files(four, ["seven"], ["speech", "image"], tmp_path / "a", seed=seed, max_new_tokens=2)
     assert [output.path for output in outputs] == [None, tmp_path / "a.png"]
-    [audio] = four.generate("seven", "speech", seed=7, max_new_tokens=1).speech
+    [audio] = four.generate("seven", "speech", seed=seed, max_new_tokens=2).speech
     assert (len(audio.samples), audio.rate) == (0, 16000)
+    with pytest.raises(OmniformError, match="max_new_tokens is 1, but speech takes 2 for one frame of its codes"):
+        four.generate("seven", "speech", seed=seed, max_new_tokens=1)
 
 
 def test_a_modality_without_form_outside_of_python_is_refused(tmp_path: Path) -> None:

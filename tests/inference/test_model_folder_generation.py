@@ -17,6 +17,7 @@ import omniform
 from omniform.cli import app
 from omniform.inference.command import generate_files
 from omniform.inference.generate import Model, load
+from omniform.inference.part_files import read_part
 from omniform.modeling.config import DecoderConfig, ModelConfig
 from omniform.modeling.denoisers import Middle, Prefix
 from omniform.modeling.folder import LoadedModel, build_vocabulary, save_model_folder
@@ -104,10 +105,17 @@ def test_the_command_turns_speech_into_video_and_says_where_it_went(tmp_path: Pa
     shown = CliRunner().invoke(app, ["generate", str(folder), prompt, "--to", "video", "--out", str(film), "--seed=3"])
     assert (shown.exit_code, shown.output) == (0, f"{film} (seed 3)\n")
     assert read_video_header(film).codec == "h264"
-    out = ["--out", str(tmp_path / "a"), "--to", "speech", "--to", "text", "--seed=3", "--max-new-tokens=1"]
+    # A word that the model ends at once.
+    loaded = load(folder)
+    heard = read_part(tmp_path / "seven.wav", loaded)
+    replies = loaded.generate_batch([heard] * 99, "speech", seed=[*range(99)], max_new_tokens=2)
+    seed = next(reply.seed for reply in replies if not len(reply.speech[0].samples))
+    out = ["--out", str(tmp_path / "a"), "--to", "speech", "--to", "text", f"--seed={seed}", "--max-new-tokens=2"]
     shown = CliRunner().invoke(app, ["generate", str(folder), prompt, *out, "--json"])
     assert isinstance(shown.exception, omniform.OmniformError)
-    assert "1 of 2 parts are speech without a sample, for which no file was written (seed 3)" in str(shown.exception)
+    assert f"1 of 2 parts are speech without a sample, for which no file was written (seed {seed})" in str(
+        shown.exception
+    )
     speech, text = json.loads(shown.stdout)
     assert (speech["modality"], speech["path"], speech["text"]) == ("speech", None, None)
     assert (text["path"], text["text"]) == (str(tmp_path / "a.txt"), (tmp_path / "a.txt").read_text()[:-1])

@@ -20,7 +20,8 @@ KEYWORDS: dict[str, Any] = {"temperature": 0, "top_k": 1, "max_new_tokens": 8}
 @pytest.fixture
 def prefix(omni: Model) -> Model:
     """The same weights in a model that reads prompts in both directions."""
-    network = UnifiedModel(replace(omni.network.config, given="bidirectional"), omni.network.vocabulary)
+    config = replace(omni.network.config, given="bidirectional", next_span_weight=0.0)
+    network = UnifiedModel(config, omni.network.vocabulary)
     network.load_state_dict(omni.network.state_dict())
     return Model(LoadedModel(network, omni.tokenizers, {"max_sequence_length": 60}))
 

@@ -14,11 +14,13 @@ from omniform.inference.generate import Model
 from omniform.inference.protocol import ContentPart, ImagePart, SpeechPart, TextPart, VideoPart
 from omniform.inference.sampling import sampling_settings, truncated_log_probs
 from omniform.inference.session import Plan, Session
+from omniform.modeling.codebooks import NOTHING
 from omniform.modeling.config import DecoderConfig, ModelConfig
 from omniform.modeling.folder import LoadedModel, build_vocabulary
 from omniform.modeling.generation_config import SamplingSettings
 from omniform.modeling.model import UnifiedModel
 from omniform.modeling.objectives.base import Objective
+from omniform.modeling.objectives.coarse_to_fine import CoarseToFine
 from omniform.modeling.objectives.masked import Masked
 from omniform.modeling.objectives.next_token import NextToken
 from omniform.modeling.sequence import Part, Role
@@ -32,14 +34,14 @@ from omniform.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
 
 NAMES = ("text", "image", "speech", "video")
 ORDERS = [order for n in (1, 2, 3) for order in itertools.product(NAMES, repeat=n)]
-N_CODES = 5  # of speech, two per frame: a span can end within a frame
+N_CODES = 5  # rows of speech, of whose codes two make a frame: flattened, a span can end within one
 FRAME_SAMPLES = 1280
 OBJECTIVES: dict[str, dict[str, Objective]] = {
     "usual": {"text": NextToken(), "image": Masked(steps=3), "speech": NextToken(), "video": Masked(steps=2)},
     "turned": {
         "text": Masked(steps=4, order="random"),
         "image": NextToken(),
-        "speech": Masked(steps=3, remask=True),
+        "speech": CoarseToFine(block_size=4, steps=3),
         "video": NextToken(),
     },
 }
@@ -111,7 +113,7 @@ def cases(omni: Model) -> Iterator[Case]:
     tokens = {
         "text": omni.tokenizers["text"].encode("one"),
         "image": omni.tokenizers["image"].encode(torch.zeros(1, 16, 16)),
-        "speech": Tokens(torch.tensor([1, 2, 3]), (3,)),
+        "speech": Tokens(torch.tensor([1, 2, 3, 4]), (2, 2)),
         "video": omni.tokenizers["video"].encode(torch.zeros(1, 9, 32, 32)),
     }
     orders, prompts = itertools.cycle(ORDERS), itertools.cycle([(), *((name,) for name in NAMES), ("text", "image")])
@@ -138,8 +140,9 @@ def test_every_draw_is_an_id_of_its_span_and_every_part_decodes(omni: Model) -> 
         for steps in omni.engine.run(sessions):
             for step in steps:
                 ids, state = vocabulary.target_range(step.span.modality), step.span.state
-                decided = state.token_ids[state.token_ids != vocabulary.mask]
-                assert len(decided) == len(state.token_ids) or not state.done
+                known = state.token_ids != vocabulary.mask
+                decided = state.token_ids[known & (state.token_ids != NOTHING)]
+                assert known.all() or not state.done
                 assert bool(((decided >= ids.start) & (decided < ids.stop)).all())
                 assert state.step <= state.n_steps
         for case, session in zip(group, sessions, strict=True):
@@ -150,9 +153,11 @@ def test_every_draw_is_an_id_of_its_span_and_every_part_decodes(omni: Model) -> 
             found.add(order)
             for part in parts:
                 grid = omni.engine.fixed_grids[part.modality]
-                assert part.tokens.grid == grid or (grid is None and len(part.tokens.codes) <= N_CODES)
-                n_ids += len(part.tokens.codes)
-                assert len(vocabulary.to_ids(part.modality, part.tokens.codes)) == len(part.tokens.codes)
+                n_codes, n_codebooks = len(part.tokens.codes), vocabulary.n_codebooks(part.modality)
+                assert part.tokens.grid == grid or (grid is None and n_codes <= N_CODES * n_codebooks)
+                n_ids += n_codes
+                codes = part.tokens.codes.view(part.tokens.grid) if n_codebooks > 1 else part.tokens.codes
+                assert vocabulary.to_ids(part.modality, codes).numel() == n_codes
     assert n_ids > 800
     assert set(ORDERS) <= found
 
@@ -168,7 +173,7 @@ def check(part: ContentPart, tokenizer: Modality) -> None:
             assert part.image.size == (16, 16)
         case SpeechPart():
             samples = torch.as_tensor(part.audio.samples)
-            assert len(samples) in [FRAME_SAMPLES * n for n in range(N_CODES // 2 + 1)]
+            assert len(samples) in [FRAME_SAMPLES * n for n in range(N_CODES + 1)]
             assert bool((samples.isfinite() & (samples.abs() <= 1)).all())
         case VideoPart():
             assert len(part.video.frames) == 9

@@ -14,7 +14,7 @@ from strategies import FOUR_MODALITIES, four_modalities, image_part, text_part
 from omniform.modeling.config import ConfigError, DecoderConfig, ModelConfig
 from omniform.modeling.corruption import corrupt
 from omniform.modeling.model import UnifiedModel
-from omniform.modeling.objectives.base import Objective
+from omniform.modeling.objectives.base import Kept, Objective
 from omniform.modeling.objectives.masked import EARLIEST_TIME, Masked, masked_fraction
 from omniform.modeling.objectives.next_token import NextToken
 from omniform.modeling.packed_batch import pack
@@ -218,4 +218,4 @@ def test_blocks_are_for_spans_of_free_length_and_text_logits_for_causal_text() -
     with pytest.raises(ConfigError, match="learnt text as masked, in both directions"):
         model.text_logits(torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="not edited"):
-        Masked(block_size=2).begin(4, None, MASK, torch.tensor([MASK, 1, 2, 3]))
+        Masked(block_size=2).begin(4, None, MASK, Kept(torch.tensor([True, False, False, False]), torch.arange(4)))
