@@ -190,7 +190,7 @@ TARGETS = st.lists(st.sampled_from(["speech", "speech", "text"]), min_size=1, ma
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(prompts=st.lists(st.tuples(PROMPTS, TARGETS, SETTINGS, st.integers(0, 2**62)), min_size=1, max_size=3))
 def test_cached_batched_codes_equal_the_uncached_ones(
     kind: str, prompts: list[tuple[list[Part], list[str], SamplingSettings, int]]
