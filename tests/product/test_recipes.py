@@ -50,7 +50,14 @@ ITEMS = {
     "video": Video(np.zeros((9, 16, 16, 1), dtype=np.uint8), 8.0),
     "location": DataPart("location", (Location.box(0.25, 0.25, 0.75, 0.75),)),
 }
-TINY = ("optim.warmup_steps=1", "rows_per_step=2", "engine.micro_batch_rows=2", "log.every=1")
+# Recipes that read the same data with the same tokenizers encode it once.
+TINY = (
+    "optim.warmup_steps=1",
+    "rows_per_step=2",
+    "engine.micro_batch_rows=2",
+    "log.every=1",
+    "cache_dir=tokens",
+)
 
 
 @pytest.fixture(scope="module")
