@@ -123,14 +123,14 @@ def uncached(
         n = chosen.max_new_tokens
         if codebooks is None:
             state = objective.begin(n, chosen.steps, vocabulary.mask)
-            placeholder = text_part([0] * n, Role.CONTEXT)
+            unknown = text_part([0] * n, Role.CONTEXT)
         else:
             state = objective.begin_coded(n, chosen.steps, vocabulary.mask, codebooks)
-            placeholder = coded_part(torch.zeros(codebooks.layout.n_frames(n), Q, dtype=torch.int64), Role.CONTEXT)
+            unknown = coded_part(torch.zeros(codebooks.layout.n_frames(n), Q, dtype=torch.int64), Role.CONTEXT)
         while not state.done:
             asked, outputs = objective.asked(state) if coded else None, []
             for parts in documents:
-                layout = MultimodalSequence.build([*parts, placeholder], vocabulary, objectives)
+                layout = MultimodalSequence.build([*parts, unknown], vocabulary, objectives)
                 first = (
                     document_length([(p.modality, len(p.tokens), p.role) for p in parts], vocabulary, objectives) + 1
                 )

@@ -9,6 +9,10 @@ PROGRAMS = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.py"))
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.stem)
-def test_what_a_benchmark_imports_is_there(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_imports_what_is_there_and_is_listed_if_it_runs(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(program.parent)
-    runpy.run_path(str(program))
+    found = runpy.run_path(str(program))
+    # The command lists programs by this line, without running them.
+    assert ("run" in found) == ("\ndef run(" in program.read_text(encoding="utf-8"))
